@@ -1,0 +1,3404 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""Run Claude Code, and every other client of the Anthropic Messages API, on Google Gemini.
+
+    export GEMINI_API_KEY=...
+    python3 claude_gemini_proxy.py                                  # or --demo: no key, no network
+    ANTHROPIC_BASE_URL=http://127.0.0.1:8318 ANTHROPIC_AUTH_TOKEN=local claude
+
+One request through the program, in the order of the file:
+
+    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> Gemini.chunks
+                                                                                   |
+      JSON (stream: false) <-- message_from_events <--+                            v  chunks
+      SSE  (stream: true)  <-- EventStream + pings <--+-- events <-- MessageEmitter
+
+A `chunk` is one Gemini response object, an `event` one Anthropic event (a dict), a `frame` its
+bytes. `live` reads streamGenerateContent; `replay` asks generateContent, and the whole answer is
+one chunk into the same emitter. There is no second way from Gemini to Anthropic.
+
+Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request to Gemini,
+6 JSON Schema, 7 answer to Anthropic, 8 wire formats, 9 shared state, 10 upstreams, 11 delivery,
+12 HTTP front end, 13 program. Sections 1 to 8 are pure: no I/O, clock, environment or random.
+
+Promises: contacts only the configured upstream; listens on 127.0.0.1 unless told otherwise;
+writes nothing to disk; keeps thought signatures in memory, nothing else of a conversation; sends
+no telemetry. Needs Python 3.8 or newer and nothing but its standard library.
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import binascii
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import hashlib
+import hmac
+import http.client
+import json
+import logging
+import math
+import mimetypes
+import os
+import re
+import secrets
+import select
+import shlex
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
+from typing import (Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
+                    Sequence, Tuple)
+
+__version__ = "1.0.0"
+__all__ = ["Config", "ProxyError", "events_from_gemini", "load_config", "make_server",
+           "message_from_events", "to_gemini"]
+
+Json = Dict[str, Any]
+LOG = logging.getLogger("claude_gemini_proxy")
+
+
+# ---- 1. Tables (pure) -----------------------------------------------------------------------
+
+class ModelRule(NamedTuple):
+    """What a family of Gemini models takes; thinking by `levels` (3 and later) or `budget` (2.5)."""
+
+    prefix: str
+    generation: int
+    levels: Tuple[str, ...]
+    budget: Tuple[int, int]      # fewest and most thinking tokens
+    can_stop_thinking: bool
+
+
+# https://ai.google.dev/gemini-api/docs/thinking (read 2026-11-20). The first prefix that fits wins;
+# no model from 3 on can be told not to think, MINIMAL is as near as it gets.
+MODEL_RULES = (
+    ("gemini-2.5-pro", 2, (), (128, 32768), False),
+    ("gemini-2.5-flash-lite", 2, (), (512, 24576), True),
+    ("gemini-2.5", 2, (), (1, 24576), True),
+    ("gemini-2", 2, (), (0, 0), True),
+    ("gemini-1", 2, (), (0, 0), True),
+    ("gemma", 2, (), (0, 0), True),
+    ("gemini-3-flash", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    ("gemini-3.1-flash-lite", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    ("gemini-3.5-flash", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    ("gemini-3.6-flash", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    ("gemini-flash-lite-latest", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    ("", 3, ("LOW", "MEDIUM", "HIGH"), (0, 0), False),
+)
+EFFORT_LEVELS = MappingProxyType({"minimal": "LOW", "low": "LOW", "medium": "MEDIUM",
+                                  "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"})
+EFFORT_BUDGETS = MappingProxyType({"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384,
+                                   "xhigh": 24576, "max": 32768})
+THINKING_HEADROOM = 8192
+INPUT_LIMIT, OUTPUT_LIMIT = 1048576, 65536
+LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-20)
+    ("gemini-3.8-flash", "Gemini 3.8 Flash", "2026-09-02"),
+    ("gemini-4-argon", "Gemini 4 Argon", "2026-10-13"),
+    ("gemini-3.6-flash", "Gemini 3.6 Flash", "2026-07-21"),
+    ("gemini-3.5-flash-lite", "Gemini 3.5 Flash-Lite", "2026-07-21"),
+    ("gemini-3.1-pro-preview", "Gemini 3.1 Pro Preview", "2026-02-19"),
+    ("gemini-2.5-pro", "Gemini 2.5 Pro", "2025-06-17"),
+)
+
+# finishReason -> (stop_reason, what the reader is told); "{}" takes Gemini's finishMessage.
+# https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20). Not in the table: end_turn.
+STOP_REASONS = MappingProxyType({
+    "": ("end_turn", ""),
+    "STOP": ("end_turn", ""),
+    "MAX_TOKENS": ("max_tokens", ""),
+    "CONTINUATION": ("max_tokens", ""),
+    "SAFETY": ("refusal", "Gemini stopped this answer: SAFETY."),
+    "PROHIBITED_CONTENT": ("refusal", "Gemini stopped this answer: PROHIBITED_CONTENT."),
+    "BLOCKLIST": ("refusal", "Gemini stopped this answer: BLOCKLIST."),
+    "SPII": ("refusal", "Gemini stopped this answer: SPII (sensitive personal information)."),
+    "MODEL_ARMOR": ("refusal", "Gemini stopped this answer: MODEL_ARMOR."),
+    "IMAGE_SAFETY": ("refusal", "Gemini stopped this answer: IMAGE_SAFETY."),
+    "IMAGE_PROHIBITED_CONTENT": ("refusal", "Gemini stopped this answer: IMAGE_PROHIBITED_CONTENT."),
+    "RECITATION": ("end_turn", "Gemini stopped this answer: RECITATION (too close to a source)."),
+    "LANGUAGE": ("end_turn", "Gemini stopped this answer: LANGUAGE (not supported)."),
+    "MALFORMED_FUNCTION_CALL": ("end_turn", "Gemini wrote a tool call that cannot be read. {}"),
+    "UNEXPECTED_TOOL_CALL": ("end_turn", "Gemini called a tool that was not offered. {}"),
+    "TOO_MANY_TOOL_CALLS": ("end_turn", "Gemini stopped after too many calls of its own tools. {}"),
+    "MISSING_THOUGHT_SIGNATURE": ("end_turn", "Gemini misses a thought signature. {}"),
+    "MALFORMED_RESPONSE": ("end_turn", "Gemini's answer was malformed. {}"),
+})
+# The same enum by number, as `$alt=json;enum-encoding=int` sends it (recorded).
+FINISH_REASON_NAMES = ("", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE", "BLOCKLIST",
+                       "PROHIBITED_CONTENT", "SPII", "MALFORMED_FUNCTION_CALL", "IMAGE_SAFETY",
+                       "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
+# An answer that ends so with no text and no call is asked for again.
+ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
+                       "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
+
+# HTTP status -> Anthropic error type, https://docs.claude.com/en/api/errors (read 2026-11-20).
+ERROR_TYPES = MappingProxyType({
+    400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
+    403: "permission_error", 404: "not_found_error", 409: "conflict_error",
+    413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "api_error",
+    504: "timeout_error", 529: "overloaded_error",
+})
+
+# Documented stand-in for a signature that is gone:
+# https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
+DUMMY_SIGNATURE = "skip_thought_signature_validator"
+# What a thinking block of ours carries in `signature`: that of the tool call behind it, or its own.
+CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
+
+# Media that a functionResponse may hold (3 and later):
+# https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
+RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
+MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
+               ("application/pdf", b"%PDF"))
+
+# Anthropic's own client tools, declared as plain functions. Source: anthropic SDK 2.11 (2026-11-20).
+CLIENT_TOOLS = MappingProxyType({
+    "bash_": ("Run a command in a persistent bash session.", {
+        "type": "object", "properties": {
+            "command": {"type": "string", "description": "The command to run."},
+            "restart": {"type": "boolean", "description": "Restart the session instead."}}}),
+    "text_editor_": ("View, create and edit text files.", {
+        "type": "object", "required": ["command", "path"], "properties": {
+            "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
+            "path": {"type": "string", "description": "Absolute path of the file or directory."},
+            "file_text": {"type": "string", "description": "Whole text, for create."},
+            "old_str": {"type": "string"}, "new_str": {"type": "string"},
+            "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
+            "view_range": {"type": "array", "items": {"type": "integer"}}}}),
+    "memory_": ("Read and write files under /memories that outlive this conversation.", {
+        "type": "object", "required": ["command"], "properties": {
+            "command": {"type": "string",
+                        "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]},
+            "path": {"type": "string"}, "old_path": {"type": "string"},
+            "new_path": {"type": "string"}, "file_text": {"type": "string"},
+            "old_str": {"type": "string"}, "new_str": {"type": "string"},
+            "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
+            "view_range": {"type": "array", "items": {"type": "integer"}}}}),
+})
+# Tools that run inside Gemini: prefix of Anthropic's type -> field of Gemini's Tool.
+SERVER_TOOLS = MappingProxyType({"web_search_": "googleSearch", "web_fetch_": "urlContext",
+                                 "code_execution_": "codeExecution"})
+REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
+
+
+def model_rule(model: str) -> ModelRule:
+    """Return the rule of the family that a Gemini model belongs to; unknown ones count as newest."""
+    return next(ModelRule(*row) for row in MODEL_RULES if model.startswith(row[0]))
+
+
+# ---- 2. Errors (pure) -----------------------------------------------------------------------
+
+class ProxyError(Exception):
+    """An error that a client can be told, in Anthropic's terms.
+
+    `retry_after` is in seconds; `code` is `error.details.error_code`; `transient` means that the proxy itself may ask again;
+    `should_retry=False` tells Anthropic's clients to give up at once (header `x-should-retry`).
+    A message that starts with ".", "[" or ":" goes on from the path of whoever catches it.
+    """
+
+    def __init__(self, status: int, message: str, retry_after: Optional[float] = None,
+                 should_retry: Optional[bool] = None, type_: str = "", transient: bool = False, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type_ or ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+        self.message = message
+        self.retry_after = retry_after
+        self.should_retry = should_retry
+        self.transient = transient
+        self.code = code
+
+    def under(self, path: str) -> "ProxyError":
+        """Return the same error with its path completed: `.id: wrong` under `messages[0]`."""
+        joined = path + self.message if self.message[:1] in (".", "[", ":") else self.message
+        return ProxyError(self.status, joined, self.retry_after, self.should_retry, self.type)
+
+    def headers(self) -> Dict[str, str]:
+        out = {}
+        if self.retry_after is not None:
+            out["retry-after"] = str(max(1, math.ceil(self.retry_after)))
+        if self.should_retry is not None:
+            out["x-should-retry"] = "true" if self.should_retry else "false"
+        return out
+
+    def body(self, request_id: str) -> Json:
+        error: Json = {"type": self.type, "message": self.message}
+        if self.code:
+            error["details"] = {"error_code": self.code}
+        return {"type": "error", "error": error, "request_id": request_id}
+
+
+def invalid(message: str) -> ProxyError:
+    """Return the error for a client's mistake; `message` is `.path: what is wrong`."""
+    return ProxyError(400, message)
+
+
+_OVERFLOW = re.compile(r"input token count\D*?(?:\((\d+)\) )?exceeds the maximum number of tokens allowed\D*(\d+)")
+_RETRY_IN = re.compile(r"retry in (?:(\d+)h)?(?:(\d+)m(?!s))?([\d.]+)(ms|s)")
+_MARKUP = re.compile(r"(?s)<(style|script|title)\b.*?</\1>|<[^>]+>")
+_BAD_IMAGE = re.compile(r"(?i)input image|image (?:is )?not valid|source image|thumbnailer")
+_BAD_PDF = re.compile(r"(?i)document has no pages|invalid pdf|process (?:the )?(?:pdf|document)")
+
+
+def google_error(raw: Any) -> Json:
+    """Return the `error` object of an upstream error body, or one made from what came instead.
+
+    Shapes met: {"error": {...}}, [{"error": {...}}], {"error": "text"}, HTML, plain text, nothing.
+    """
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw)
+        except ValueError:
+            text = " ".join(_MARKUP.sub(" ", raw[:20000].decode("utf-8", "replace")).split())
+            return {"message": text[:300]}
+    while isinstance(raw, list) and raw:
+        raw = raw[0]
+    error = raw.get("error", raw) if isinstance(raw, dict) else raw
+    return error if isinstance(error, dict) else {"message": str(error or "")}
+
+
+def upstream_error(status: int, raw: Any, model: str = "") -> ProxyError:
+    """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError.
+
+    Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recorded bodies.
+    """
+    error = google_error(raw)
+    message = " ".join(str(error.get("message") or "").split())[:600] or "no reason given"
+    details = [d for d in error.get("details") or [] if isinstance(d, dict)]
+    if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
+        return ProxyError(403, "The upstream refused the key: %s (check GEMINI_API_KEY)" % message,
+                          should_retry=False)
+    if status == 404:
+        return ProxyError(404, "model: %s" % model if model else message)
+    if status == 429:
+        return _quota_error(message, details)
+    if status in (502, 503, 529):
+        return ProxyError(529, "Gemini is overloaded: %s" % message, transient=True)
+    if status in (408, 499, 504):
+        return ProxyError(504, "Gemini did not answer in time: %s" % message, transient=True)
+    if status >= 500 and status != 501:
+        return ProxyError(500, "Gemini answered %d: %s" % (status, message), transient=True)
+    return _refusal(status, message, str(details))
+
+
+def _refusal(status: int, message: str, details: str) -> ProxyError:
+    """A 400 in the wording that Anthropic's clients act on: they compact, or drop the medium."""
+    overflow = _OVERFLOW.search(message)
+    if overflow:
+        limit = int(overflow.group(2))
+        tokens = int(overflow.group(1) or limit + 1)
+        return ProxyError(400, "prompt is too long: %d tokens > %d maximum" % (tokens, limit))
+    if _BAD_IMAGE.search(message + details):
+        return ProxyError(400, "could not process image: %s" % message)
+    if _BAD_PDF.search(message):
+        return ProxyError(400, "could not process pdf: %s" % message)
+    return ProxyError(status if status in ERROR_TYPES else 400, "Gemini answered %d: %s" % (status, message))
+
+
+def _quota_error(message: str, details: Sequence[Json]) -> ProxyError:
+    """A 429: short waits become retry-after, a daily quota or a limit of 0 says that waiting is no use.
+
+    RetryInfo is misleading on daily quotas (hours, and still blocked after), so it is not passed on.
+    """
+    violations = [v for d in details for v in d.get("violations") or [] if isinstance(v, dict)]
+    quota_ids = " ".join(str(v.get("quotaId")) for v in violations)
+    values = {str(v.get("quotaValue")) for v in violations}
+    values |= {str((d.get("metadata") or {}).get("quota_limit_value")) for d in details}
+    if "PerDay" in quota_ids or "Daily" in quota_ids or "per day" in message:
+        return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
+                          should_retry=False)
+    if "0" in values or "limit: 0," in message:
+        return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
+                          should_retry=False)
+    return ProxyError(429, "Gemini's rate limit: %s" % message, retry_after=_retry_delay(message, details) or 10)
+
+
+def _retry_delay(message: str, details: Sequence[Json]) -> float:
+    """Seconds that RetryInfo, or the sentence `Please retry in 20.04s.`, asks to wait; 0 if neither does."""
+    for detail in details:
+        delay = re.match(r"([\d.]+)s$", str(detail.get("retryDelay")))
+        if delay:
+            return float(delay.group(1))
+    found = _RETRY_IN.search(message)
+    if not found:
+        return 0.0
+    hours, minutes, amount, unit = found.groups()
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(amount) / (1000 if unit == "ms" else 1)
+
+
+# ---- 3. Settings (pure) ---------------------------------------------------------------------
+
+_GEMINI_KEY = re.compile(r"AIza[\w-]{35}|AQ\.[\w.-]{20,}")
+_CLAUDE_NAME = re.compile(r"(?i)claude|opus|sonnet|haiku|fable|mythos|^(default|best|inherit)$")
+
+
+def _text(value: str) -> str:
+    return value.strip()
+
+
+def _base_url(value: str) -> str:
+    if not re.match(r"https?://[^/?#@\s]+[^?#\s]*$", value):
+        raise ValueError("must look like https://host/v1beta")
+    return value.rstrip("/")
+
+
+def _bool(value: str) -> bool:
+    if value.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError("must be true or false")
+    return value.lower() in ("1", "true", "yes", "on")
+
+
+def _count(value: str) -> int:
+    if not re.match(r"\d{1,12}$", value):
+        raise ValueError("must be a whole number of 0 or more")
+    return int(value)
+
+
+def _positive(value: str) -> int:
+    if not re.match(r"0*[1-9]\d{0,11}$", value):
+        raise ValueError("must be a whole number of 1 or more")
+    return int(value)
+
+
+def _port(value: str) -> int:
+    if not re.match(r"\d{1,5}$", value) or int(value) > 65535:
+        raise ValueError("must be a port number, 0 to 65535")
+    return int(value)
+
+
+def _seconds(value: str) -> float:
+    if not re.match(r"\d{1,7}(\.\d+)?$", value) or float(value) <= 0:
+        raise ValueError("must be a number of seconds above 0")
+    return float(value)
+
+
+def _auth_type(value: str) -> str:
+    if value not in ("api-key", "bearer"):
+        raise ValueError("must be api-key or bearer")
+    return value
+
+
+def _stream_mode(value: str) -> str:
+    if value not in ("live", "replay"):
+        raise ValueError("must be live or replay")
+    return value
+
+
+def _log_level(value: str) -> str:
+    if value.lower() not in ("debug", "info", "warning", "error"):
+        raise ValueError("must be debug, info, warning or error")
+    return value.lower()
+
+
+def _names(value: str) -> Tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _model_map(value: str) -> Tuple[Tuple[str, str], ...]:
+    """`a=b,c*=d` or a JSON object -> ((pattern, model), ...)."""
+    if value.lstrip().startswith("{"):
+        pairs = json.loads(value)
+        if not all(isinstance(target, str) for target in pairs.values()):
+            raise ValueError("must map names to names")
+        return tuple(pairs.items())
+    pairs = [tuple(part.strip() for part in item.split("=")) for item in _names(value)]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        raise ValueError('must be name=model,... or {"name": "model", ...}')
+    return tuple(pairs)
+
+
+def _key_list(value: str) -> str:
+    keys = json.loads(value)
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError('must be a list: ["key1", "key2"]')
+    return ",".join(keys)
+
+
+def _gemini_key_only(value: str) -> str:
+    return value if all(_GEMINI_KEY.fullmatch(key) for key in _names(value)) else ""
+
+
+def _not_claude(value: str) -> str:
+    """Claude's own names in these variables are the client's business, not a mapping."""
+    return "" if _CLAUDE_NAME.search(value) else value
+
+
+def _replay_if_true(value: str) -> str:
+    return "replay" if _bool(value) else ""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting, one row each: the default, its environment names, what it does.
+
+    The first environment name is the field's in capitals, or `env`; `also` are further ones with
+    the function that turns their value into the field's ("" means: not set). `parse` raises
+    ValueError with what the value must be. --help, .env, `/` and the README's table read this.
+    """
+
+    gemini_api_key: str = field(default="", repr=False, metadata=dict(
+        parse=_text, secret=True, also=(("GOOGLE_API_KEY", _text), ("API_KEYS", _key_list),
+                                        ("ANTHROPIC_AUTH_TOKEN", _gemini_key_only)),
+        help="Gemini key, or several separated by commas"))
+    gemini_api_base: str = field(default="https://generativelanguage.googleapis.com/v1beta", metadata=dict(
+        parse=_base_url, also=(("GOOGLE_GEMINI_BASE_URL", lambda root: root.rstrip("/") + "/v1beta"),
+                               ("GEMINI_ENDPOINT", lambda host: "https://%s/v1beta" % host)),
+        help="where Gemini is, with the version"))
+    gemini_auth_type: str = field(default="api-key", metadata=dict(
+        parse=_auth_type, help="api-key (x-goog-api-key) or bearer (Authorization)"))
+    gemini_token_command: str = field(default="", metadata=dict(
+        parse=_text, help="command that prints a bearer token; run without a shell, again after a 401"))
+    host: str = field(default="127.0.0.1", metadata=dict(
+        parse=_text, also=(("PROXY_LISTEN_ADDR", lambda address: address.rpartition(":")[0].strip("[]")),),
+        help="address to listen on; beyond loopback only with PROXY_AUTH_TOKEN"))
+    port: int = field(default=8318, metadata=dict(
+        parse=_port, also=(("PROXY_LISTEN_ADDR", lambda address: address.rpartition(":")[2]),),
+        help="port to listen on; 0 takes a free one"))
+    proxy_auth_token: str = field(default="", repr=False, metadata=dict(
+        parse=_text, secret=True, help="token that clients must send, as x-api-key or Bearer"))
+    client_keys: bool = field(default=False, metadata=dict(
+        parse=_bool, help="true: each client's token is its own Gemini key"))
+    default_gemini_model: str = field(default="gemini-3.8-flash", metadata=dict(
+        parse=_text, help="model for every name that nothing else maps"))
+    big_model: str = field(default="", metadata=dict(
+        parse=_text, help="model for opus, sonnet and newer tiers (empty: DEFAULT_GEMINI_MODEL)"))
+    opus_model: str = field(default="", metadata=dict(
+        parse=_not_claude, env="ANTHROPIC_DEFAULT_OPUS_MODEL", help="model for opus alone"))
+    sonnet_model: str = field(default="", metadata=dict(
+        parse=_not_claude, env="ANTHROPIC_DEFAULT_SONNET_MODEL", help="model for sonnet alone"))
+    small_model: str = field(default="gemini-3.5-flash-lite", metadata=dict(
+        parse=_text, also=(("ANTHROPIC_DEFAULT_HAIKU_MODEL", _not_claude),), help="model for haiku"))
+    anthropic_model: str = field(default="", metadata=dict(
+        parse=_not_claude, help="model for everything, whatever the client asks for"))
+    model_map: Tuple[Tuple[str, str], ...] = field(default=(), metadata=dict(
+        parse=_model_map, help='name=model,... or JSON; * is a wildcard; before the tiers'))
+    fallback_models: Tuple[str, ...] = field(default=(), metadata=dict(
+        parse=_names, help="models tried in order on quota, overload and not-found"))
+    stream_mode: str = field(default="live", metadata=dict(
+        parse=_stream_mode, also=(("FORCE_DISABLE_STREAMING", _replay_if_true),
+                                  ("EMERGENCY_DISABLE_STREAMING", _replay_if_true)),
+        help="live, or replay: whole answers sent as a stream"))
+    ping_interval: float = field(default=15.0, metadata=dict(
+        parse=_seconds, help="seconds of quiet after which a stream gets a ping"))
+    request_timeout: float = field(default=300.0, metadata=dict(
+        parse=_seconds, help="seconds of upstream silence before giving up"))
+    max_retries: int = field(default=2, metadata=dict(
+        parse=_count, also=(("MAX_STREAMING_RETRIES", _text),),
+        help="times that a failed or empty answer is asked for again"))
+    max_tokens_default: int = field(default=32768, metadata=dict(
+        parse=_positive, help="max_tokens when the client sends none"))
+    max_tokens_limit: int = field(default=60000, metadata=dict(
+        parse=_positive, help="larger max_tokens are capped to this"))
+    signature_cache_size: int = field(default=100000, metadata=dict(
+        parse=_positive, help="thought signatures kept in memory"))
+    signature_cache_ttl: float = field(default=3600.0, metadata=dict(
+        parse=_seconds, help="seconds one is kept after its last use"))
+    signature_cache_bytes: int = field(default=64 << 20, metadata=dict(
+        parse=_positive, help="bytes that all of them may take"))
+    max_body_bytes: int = field(default=32 << 20, metadata=dict(
+        parse=_positive, help="largest request body"))
+    max_connections: int = field(default=512, metadata=dict(
+        parse=_positive, help="connections served at once; one more gets a 529"))
+    log_level: str = field(default="info", metadata=dict(
+        parse=_log_level, help="debug, info, warning or error"))
+    debug: bool = field(default=False, metadata=dict(
+        parse=_bool, help="true: log both bodies, cut and without keys"))
+
+    @property
+    def keys(self) -> Tuple[str, ...]:
+        return _names(self.gemini_api_key)
+
+
+def environment_names(row: dataclasses.Field) -> List[Tuple[str, Callable[[str], Any]]]:
+    """The environment names of a setting, strongest first, each with its reader."""
+    first = row.metadata.get("env", row.name.upper())
+    return [(first, _text)] + list(row.metadata.get("also", ()))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One flag for each setting that is no secret: a command line is visible to every local user."""
+    parser = argparse.ArgumentParser(
+        prog="claude_gemini_proxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run Claude Code and other Anthropic clients on Google Gemini.",
+        epilog="Commands: serve (default), run CLIENT [ARGS], env [sh|fish|powershell], check.\n"
+               "Precedence: flag > environment > .env in the working directory > default.\n"
+               "From the environment or .env only:\n" + "".join(
+                   "  %s: %s\n" % (", ".join(name for name, _ in environment_names(row)), row.metadata["help"])
+                   for row in dataclasses.fields(Config) if row.metadata.get("secret")))
+    parser.add_argument("command", nargs="?", default="serve", choices=("serve", "run", "env", "check"),
+                        help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--demo", action="store_true", help="answer from a built-in model: no key, no network")
+    parser.add_argument("--version", action="version", version="claude_gemini_proxy " + __version__)
+    for row in dataclasses.fields(Config):
+        if not row.metadata.get("secret"):
+            names = ", ".join(name for name, _ in environment_names(row))
+            parser.add_argument("--" + row.name.replace("_", "-"), metavar="X", help="%s [%s; default %s]" % (
+                row.metadata["help"].replace("%", "%%"), names, shown_default(row)))
+    return parser
+
+
+def shown_default(row: dataclasses.Field) -> str:
+    """A default as --help and the README print it."""
+    if isinstance(row.default, float):
+        return "%g" % row.default
+    if isinstance(row.default, bool):
+        return str(row.default).lower()
+    return str(row.default) if row.default not in ("", ()) else "none"
+
+
+def parse_dotenv(text: str) -> Dict[str, str]:
+    """`NAME=value` lines, with `export`, quotes and # comments as shells take them."""
+    out = {}
+    for line in text.splitlines():
+        found = re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)$", line)
+        if not found:
+            continue
+        value = found.group(2).strip()
+        quoted = re.match(r"""(["'])(.*?)\1\s*(#.*)?$""", value)
+        out[found.group(1)] = quoted.group(2) if quoted else re.sub(r"(^|\s)#.*$", "", value).strip()
+    return out
+
+
+def load_config(flags: Mapping[str, Any], *environments: Mapping[str, str]) -> Config:
+    """Settings from flags (by field name), then each environment in turn, then the defaults.
+
+    Raises ValueError with one line that names the setting and what it must be.
+    """
+    values = {}
+    for row in dataclasses.fields(Config):
+        sources = [("--" + row.name.replace("_", "-"), flags.get(row.name), _text)]
+        for environment in environments:
+            sources += [(name, environment.get(name), read) for name, read in environment_names(row)]
+        for name, value, read in sources:
+            try:
+                text = read(value) if value else ""
+                if text:
+                    values[row.name] = row.metadata["parse"](text)
+                    break
+            except ValueError as exc:
+                shown = "" if row.metadata.get("secret") else ", not %r" % value
+                reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
+                raise ValueError("%s %s%s" % (name, reason, shown)) from None
+    config = Config(**values)
+    if not is_loopback(config.host) and not config.proxy_auth_token:
+        raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
+                         "or leave HOST at 127.0.0.1" % config.host)
+    return config
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
+
+
+_LONG_CONTEXT = re.compile(r"(?i)(\s*\[1m\])+$")
+_OWN_NAME = re.compile(r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma|learnlm)-.+|tunedModels/.+)$")
+_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
+
+
+def resolve_model(requested: str, config: Config) -> str:
+    """The Gemini model that answers for a requested name. Unknown names get the default: lists of
+    Claude's names age in weeks. Raises ProxyError 404 for names that could leave the URL's path."""
+    name = _LONG_CONTEXT.sub("", requested.strip())
+    mapped = next((target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern)), "")
+    target = config.anthropic_model or mapped or name
+    own = _OWN_NAME.match(target)
+    big = config.big_model or config.default_gemini_model
+    if own:
+        target = own.group(1)
+    elif not (config.anthropic_model or mapped):
+        lower = name.lower()
+        target = (config.small_model if "haiku" in lower else
+                  config.opus_model or big if "opus" in lower else
+                  config.sonnet_model or big if "sonnet" in lower else
+                  big if _CLAUDE_NAME.search(lower) else config.default_gemini_model)
+    target = _LONG_CONTEXT.sub("", target)
+    if not _MODEL_NAME.fullmatch(target):
+        raise ProxyError(404, "model: %s" % requested[:200])
+    return target
+
+
+# ---- 4. JSON and request checks (pure) ------------------------------------------------------
+
+# Escaped backslashes first, so that the text \\ud800 (a backslash and letters) is left alone.
+_SURROGATES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
+
+
+def parse_json(raw: bytes) -> Any:
+    """Bytes -> JSON value. Lone surrogates become U+FFFD: a cut emoji must not poison a session.
+
+    Raises ProxyError 400 for anything else that is not JSON as RFC 8259 has it.
+    """
+    try:
+        if b"\\ud" in raw or b"\\uD" in raw:
+            raw = _SURROGATES.sub(lambda m: b"\\ufffd" if m.group(1) else m.group(), raw)
+        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as exc:
+        raise invalid("The body is not valid UTF-8 (byte %d)." % exc.start) from None
+    except RecursionError:
+        raise invalid("The body is not usable JSON: nested too deeply.") from None
+    except ValueError as exc:
+        raise invalid("The body is not valid JSON: %s" % exc) from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError("%s is not a JSON value" % name)
+
+
+def dump_json(value: Any) -> bytes:
+    """JSON value -> bytes. ASCII escapes are left on: twice as fast, and no encoding to get wrong."""
+    try:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except (ValueError, RecursionError):
+        raise invalid("The body holds a number too large for JSON, or is nested too deeply.") from None
+
+
+_KINDS = MappingProxyType({str: "a string", int: "an integer", float: "a number", bool: "true or false",
+                           dict: "an object", list: "a list"})
+_REQUEST_FIELDS = (
+    ("model", (str,)), ("messages", (list,)), ("max_tokens", (int,)), ("system", (str, list)),
+    ("stream", (bool,)), ("temperature", (float, int)), ("top_p", (float, int)), ("top_k", (int,)),
+    ("stop_sequences", (list,)), ("tools", (list,)), ("tool_choice", (dict,)), ("thinking", (dict,)),
+    ("output_config", (dict,)), ("output_format", (dict,)), ("metadata", (dict,)),
+)
+
+
+def expect(value: Any, kinds: Tuple[type, ...], path: str) -> Any:
+    """Return `value`, or raise a 400 that says what was wanted at `path` and what came."""
+    if type(value) not in kinds:
+        raise invalid("%s: must be %s, not %s" % (path, " or ".join(_KINDS[k] for k in kinds),
+                                                  _KINDS.get(type(value), "null")))
+    return value
+
+
+def check_request(body: Any, max_tokens_required: bool = False) -> Json:
+    """Check the top level of a Messages request; deeper levels are checked where they are translated.
+
+    Fields that are unknown, or that change nothing in an answer, pass. Raises ProxyError 400.
+    """
+    if not isinstance(body, dict):
+        raise invalid("The body must be a JSON object, not %s." % _KINDS.get(type(body), "null"))
+    for name, kinds in _REQUEST_FIELDS:
+        if body.get(name) is not None:
+            expect(body[name], kinds, name)
+    if not isinstance(body.get("model"), str) or not body["model"].strip():
+        raise invalid("model: a model name is required")
+    if not body.get("messages"):
+        raise invalid("messages: at least one message is required")
+    if body.get("max_tokens") is not None and body["max_tokens"] < 1:
+        raise invalid("max_tokens: must be 1 or more")
+    stops = body.get("stop_sequences") or []
+    for i, stop in enumerate(stops):
+        if not expect(stop, (str,), "stop_sequences[%d]" % i).strip():
+            raise invalid("stop_sequences[%d]: must hold more than white space" % i)
+    if len(stops) > 5:
+        raise invalid("stop_sequences: Gemini takes 5 at most, not %d" % len(stops))
+    container = body.get("container")
+    for name, used in (("mcp_servers", body.get("mcp_servers")), ("compaction", body.get("compaction")),
+                       ("container.skills", isinstance(container, dict) and container.get("skills"))):
+        if used:
+            raise invalid("%s: needs Anthropic's own servers and is not supported on Gemini" % name)
+    if body.get("thread"):  # on this code the SDKs' tool runners send the whole history (SDK 2.11.0)
+        raise ProxyError(400, "thread: is not supported; send the whole conversation without it",
+                         code="thread_unsupported_request")
+    return body
+
+
+# ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
+
+class Translation(NamedTuple):
+    """A Gemini request body, and what is needed to read its answer."""
+
+    body: Json
+    names: Dict[str, str]        # declared function name -> the client's tool name
+    schemas: Dict[str, Any]      # the client's tool name -> its input_schema
+    thinking: str                # "" (off), "shown" or "omitted"
+    single_call: bool            # the client wants one tool call at a time
+    signatures: Counter          # how the history's calls were signed: hit, carried, dummy
+    notes: List[str]             # what was left out, for the log
+    media_bytes: int             # base64 characters in the body, which are not text tokens
+
+
+class Call(NamedTuple):
+    """A tool call of the history: the client's id, and the id and name it has for Gemini."""
+
+    tool_use_id: str
+    gemini_id: str
+    name: str
+
+
+class History:
+    """What one pass over `messages` collects. `calls` and `carried` belong to the turn in hand."""
+
+    def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]]) -> None:
+        self.rule = rule
+        self.lookup = lookup
+        self.signatures: Counter = Counter()
+        self.loaded: Dict[str, bool] = {}         # tool name -> offered (True) or withdrawn (False)
+        self.added_tools: List[Json] = []
+        self.effort = ""
+        self.media_bytes = 0
+        self.calls: List[Call] = []
+        self.carried = ""
+
+
+REMINDER = "<system-reminder>\n%s\n</system-reminder>"
+NO_RESULT = "no result (interrupted)"
+CONTINUE = "Continue."
+_FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
+_PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
+
+
+def to_gemini(request: Json, model: str, config: Config,
+              lookup: Callable[[str], Optional[str]] = lambda key: None) -> Translation:
+    """Translate a checked Messages request into a generateContent body for `model`.
+
+    `lookup` gives the thought signature kept for a tool_use id or `text_key`, or None. The request
+    is not changed. Raises ProxyError 400 with the path of what cannot be translated.
+    Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README.
+    """
+    rule = model_rule(model)
+    history = History(rule, lookup)
+    notes: List[str] = []
+    system, turns = to_turns(request, history)
+    contents = to_contents(turns, history)
+    tools = offered_tools(request, history)
+    functions, built_in = gemini_tools(tools, rule, notes)
+    thinking, thinking_config = thinking_from(request, history.effort, rule)
+    generation = generation_config(request, rule, thinking, config)
+    if thinking_config:
+        generation["thinkingConfig"] = thinking_config
+    format_hint, format_fields = answer_format(request, bool(functions or built_in), rule)
+    generation.update(format_fields)
+    system += search_hints(tools if "googleSearch" in built_in else ()) + format_hint
+    body: Json = {"contents": contents, "generationConfig": generation}
+    if system:
+        body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
+    names = {declared["name"]: tool["name"] for declared, tool in functions}
+    body.update(tool_fields(functions, built_in, request.get("tool_choice") or {}, names))
+    return Translation(
+        body, names, {tool["name"]: tool.get("input_schema") for _, tool in functions}, thinking,
+        bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use")), history.signatures,
+        notes, history.media_bytes)
+
+
+def to_turns(request: Json, history: History) -> Tuple[List[str], List[Tuple[str, list]]]:
+    """Merge messages into alternating turns -> (system texts, [(role, [(path, block), ...]), ...]).
+
+    `role: system` messages may stand anywhere: leading ones are system texts, later ones become
+    reminders in the user turn beside them, which keeps the prefix of the prompt unchanged.
+    """
+    system = system_texts(request.get("system"), "system")
+    turns: List[Tuple[str, list]] = []
+    for i, message in enumerate(request["messages"]):
+        path = "messages[%d]" % i
+        role = expect(message, (dict,), path).get("role")
+        blocks = blocks_of(message.get("content"), path + ".content")
+        if role == "system":
+            texts, blocks = system_message(message, path, blocks, request["messages"][i + 1:], not turns)
+            history.effort = (message.get("output_config") or {}).get("effort") or history.effort
+            system += texts
+            role = "user"
+        elif role not in ("user", "assistant"):
+            raise invalid("%s.role: must be user, assistant or system, not %s"
+                          % (path, json.dumps(role)[:80]))
+        summaries = [k for k, (_, b) in enumerate(blocks) if b["type"] == "compaction" and b.get("content")]
+        if summaries:  # a summary stands for everything before it
+            turns, role, blocks = [], "user", blocks[summaries[-1]:]
+        if turns and turns[-1][0] == role:
+            turns[-1][1].extend(blocks)
+        elif blocks:
+            turns.append((role, blocks))
+    return system, turns
+
+
+def system_message(message: Json, path: str, blocks: List[Tuple[str, Json]], later: Sequence[Any],
+                   leads: bool) -> Tuple[List[str], List[Tuple[str, Json]]]:
+    """A `role: system` message -> (texts for the system prompt, blocks for the user turn)."""
+    expect(message.get("output_config") or {}, (dict,), path + ".output_config")
+    if message.get("clear_at") == "next_user_message" and any(
+            isinstance(m, dict) and m.get("role") == "user" for m in later):
+        return [], []
+    texts = [b for _, b in blocks if b["type"] == "text"]
+    if leads:
+        return system_texts(texts, path + ".content"), [item for item in blocks if item[1] not in texts]
+    return [], [(at, as_reminder(b)) for at, b in blocks]
+
+
+def system_texts(system: Any, path: str) -> List[str]:
+    """Texts of a system prompt, without Claude Code's billing line: it differs by conversation and
+    would spoil the cache of the prompt's prefix."""
+    texts = []
+    for at, block in blocks_of(system, path):
+        if block.get("type") != "text":
+            raise invalid("%s.type: must be text, not %s" % (at, json.dumps(block.get("type"))[:80]))
+        text = expect(block.get("text"), (str,), at + ".text")
+        if text and not text.startswith("x-anthropic-billing-header:"):
+            texts.append(text)
+    return texts
+
+
+def blocks_of(content: Any, path: str) -> List[Tuple[str, Json]]:
+    """A `content` (string, list of blocks or null) -> [(path, block), ...]."""
+    if isinstance(content, str) or content is None:
+        return [(path, {"type": "text", "text": content})] if content else []
+    expect(content, (str, list), path)
+    out = []
+    for j, block in enumerate(content):
+        at = "%s[%d]" % (path, j)
+        if isinstance(block, str):
+            block = {"type": "text", "text": block}
+        expect(expect(block, (dict,), at).get("type"), (str,), at + ".type")
+        out.append((at, block))
+    return out
+
+
+def as_reminder(block: Json) -> Json:
+    """A text block of a system message in the form that Claude Code itself uses in user messages."""
+    text = block.get("text")
+    if block["type"] != "text" or not isinstance(text, str) or not text or text.startswith("<system-reminder>"):
+        return block
+    return {"type": "text", "text": REMINDER % text}
+
+
+def to_contents(turns: Sequence[Tuple[str, list]], history: History) -> List[Json]:
+    """Turns -> Gemini contents that alternate, start and end with the user, and pair every call."""
+    contents: List[Json] = []
+
+    def add(role: str, parts: List[Json]) -> None:
+        if not parts:
+            return
+        if contents and contents[-1]["role"] == role:
+            contents[-1]["parts"] += parts
+        else:
+            if role == "model" and not contents:
+                contents.append({"role": "user", "parts": [{"text": CONTINUE}]})
+            contents.append({"role": role, "parts": parts})
+
+    for role, blocks in turns:
+        if role == "user":
+            add("user", user_parts(blocks, history))
+            history.calls = []
+        else:
+            add("model", model_parts(blocks, history))
+    add("user", user_parts([], history))
+    if not contents or contents[-1]["role"] == "model":
+        add("user", [{"text": CONTINUE}])
+    return contents
+
+
+def model_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Json]:
+    """Blocks of an assistant turn -> parts; its calls are left in `history.calls`.
+
+    Gemini 3 and later refuse a step whose first call has no signature, and accept the dummy. It is
+    also given to finished steps: their bytes then stay the same from request to request.
+    """
+    parts: List[Json] = []
+    history.carried = ""
+    for path, block in blocks:
+        parts += part_of(path, block, history, MODEL_PARTS)
+    calls = [part for part in parts if "functionCall" in part]
+    if calls and history.rule.generation > 2 and not any("thoughtSignature" in part for part in calls):
+        calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
+        history.signatures["dummy"] += 1
+    return parts
+
+
+def user_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Json]:
+    """Blocks of a user turn -> parts: one response for each open call, in call order, then the rest.
+
+    Calls without a result get an error, results without a call become text, a second result for
+    the same call is dropped.
+    """
+    results: Dict[str, list] = {}
+    rest: List[Json] = []
+    known = {call.tool_use_id for call in history.calls}
+    for path, block in blocks:
+        if block["type"] == "tool_result":
+            result = tool_result(path, block, history)
+            if result[0] in known:
+                results.setdefault(result[0], []).append(result)
+            else:
+                rest += orphan_parts(result)
+        else:
+            rest += part_of(path, block, history, USER_PARTS)
+    parts: List[Json] = []
+    beside: List[Json] = []
+    for call in history.calls:
+        queue = results.get(call.tool_use_id)
+        _, response, media = queue.pop(0) if queue else ("", {"error": NO_RESULT}, [])
+        within = [part for part in media if history.rule.generation > 2 and fits_response(part)]
+        beside += [part for part in media if part not in within]
+        function_response = {"id": call.gemini_id, "name": call.name, "response": response}
+        if within:
+            function_response["parts"] = within
+        parts.append({"functionResponse": function_response})
+    return parts + beside + rest
+
+
+def fits_response(part: Json) -> bool:
+    media = part.get("inlineData") or part.get("fileData") or {}
+    return media.get("mimeType") in RESPONSE_MEDIA
+
+
+def tool_result(path: str, block: Json, history: History) -> Tuple[str, Json, List[Json]]:
+    """A tool_result block -> (tool_use_id, functionResponse.response, media parts)."""
+    tool_use_id = expect(block.get("tool_use_id") or "", (str,), path + ".tool_use_id")
+    texts: List[str] = []
+    media: List[Json] = []
+    for at, inner in blocks_of(block.get("content"), path + ".content"):
+        for part in part_of(at, inner, history, USER_PARTS):
+            if "text" in part:
+                texts.append(part["text"])
+            else:
+                media.append(part)
+    key = "error" if block.get("is_error") is True else "output"
+    return tool_use_id, {key: "\n".join(texts)}, media
+
+
+def orphan_parts(result: Tuple[str, Json, List[Json]]) -> List[Json]:
+    """What is left of a result whose call is gone, after a compaction for example."""
+    _, response, media = result
+    text = next(iter(response.values()))
+    return ([{"text": "Result of an earlier tool call:\n%s" % text}] if text else []) + media
+
+
+def part_of(path: str, block: Json, history: History, builders: Mapping[str, Callable]) -> List[Json]:
+    """Translate one block by the table of its role; types that are in no table are shown as JSON."""
+    try:
+        return builders.get(block["type"], other_parts)(block, history)
+    except ProxyError as exc:
+        raise exc.under(path) from None
+
+
+def text_parts(block: Json, history: History) -> List[Json]:
+    text = expect(block.get("text"), (str,), ".text")
+    return [{"text": text}] if text else []
+
+
+def model_text_parts(block: Json, history: History) -> List[Json]:
+    """Text of an earlier answer, with the signature that came with it."""
+    parts = text_parts(block, history)
+    signature = history.lookup(text_key(parts[0]["text"])) if parts else None
+    if signature:
+        parts[0]["thoughtSignature"] = signature
+    return parts
+
+
+def text_key(text: str) -> str:
+    """Key of a text's signature in the cache."""
+    return "text:" + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+
+
+def thinking_parts(block: Json, history: History) -> List[Json]:
+    """Take over the signature that a thinking block of ours carries. Its text is not sent back:
+    Gemini does not want summaries. Signatures of other origin are dropped, Gemini refuses them."""
+    signature = block.get("signature")
+    if not isinstance(signature, str) or not signature.isascii():
+        return []
+    if signature.startswith(CALL_MARK):
+        history.carried = signature[len(CALL_MARK):]
+    own = signature[len(THOUGHT_MARK):] if signature.startswith(THOUGHT_MARK) else ""
+    if own and isinstance(block.get("thinking"), str) and is_base64(own):
+        return [{"text": block["thinking"], "thought": True, "thoughtSignature": own}]
+    return []
+
+
+def is_base64(text: str) -> bool:
+    return text.isascii() and not text.encode("ascii").translate(None, _BASE64)
+
+
+def tool_use_parts(block: Json, history: History) -> List[Json]:
+    """A tool_use block -> functionCall with the signature that belongs to it."""
+    name = expect(block.get("name"), (str,), ".name")
+    if not name:
+        raise invalid(".name: a tool name is required")
+    tool_use_id = expect(block.get("id") or "", (str,), ".id")
+    args = block.get("input")
+    args = args if isinstance(args, dict) else {} if args is None else {"value": args}
+    call = Call(tool_use_id, call_id(tool_use_id, history.calls), gemini_name(name))
+    history.calls.append(call)
+    history.loaded.setdefault(name, True)
+    part = {"functionCall": {"id": call.gemini_id, "name": call.name, "args": args}}
+    kept = history.lookup(tool_use_id) if tool_use_id else None
+    carried, history.carried = history.carried, ""
+    if kept:
+        part["thoughtSignature"] = kept
+        history.signatures["hit"] += 1
+    elif carried and is_base64(carried):
+        part["thoughtSignature"] = carried
+        history.signatures["carried"] += 1
+    return [part]
+
+
+def call_id(tool_use_id: str, calls: Sequence[Call]) -> str:
+    """The id of a call for Gemini: the client's where it is plain, else a short stable one."""
+    plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
+    return "%s_%d" % (plain, len(calls)) if any(call.gemini_id == plain for call in calls) else plain
+
+
+def gemini_name(name: str) -> str:
+    """A tool's name as Gemini takes it: itself, or a stable alias that ends in a hash of it."""
+    if _FUNCTION_NAME.fullmatch(name):
+        return name
+    return "%s_%s" % (re.sub(r"[^A-Za-z0-9_]|^(?![A-Za-z_])", "_", name)[:47], short_hash(name))
+
+
+def short_hash(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
+
+
+def image_parts(block: Json, history: History) -> List[Json]:
+    return [media_part(expect(block.get("source"), (dict,), ".source"), "image", "image/jpeg", history)]
+
+
+def document_parts(block: Json, history: History) -> List[Json]:
+    """PDFs stay what they are, text documents become text with their title."""
+    source = expect(block.get("source"), (dict,), ".source")
+    titles = [str(block[key]) for key in ("title", "context") if block.get(key)]
+    head = [{"text": "\n".join(titles)}] if titles else []
+    if source.get("type") == "text":
+        body = text_parts({"text": source.get("data")}, history)
+    elif source.get("type") == "content":
+        body = [part for at, inner in blocks_of(source.get("content"), ".source.content")
+                for part in part_of(at, inner, history, USER_PARTS)]
+    elif source.get("type") == "base64" and str(source.get("media_type")).startswith("text/"):
+        data = expect(source.get("data"), (str,), ".source.data")
+        try:
+            body = [{"text": base64.b64decode(data).decode("utf-8", "replace")}]
+        except binascii.Error:
+            raise invalid(".source.data: is not base64") from None
+    else:
+        body = [media_part(source, "pdf", "application/pdf", history)]
+    return head + body
+
+
+def media_part(source: Json, what: str, default_type: str, history: History) -> Json:
+    """A base64 or URL source -> inlineData or fileData.
+
+    The wordings make Claude Code drop the medium and go on (facts measured 2026-11-20).
+    """
+    kind = source.get("type")
+    if kind == "url":
+        url = expect(source.get("url"), (str,), ".source.url")
+        inline = re.match(r"data:([\w.+/-]+);base64,", url)
+        if inline:
+            return media_part({"type": "base64", "media_type": inline.group(1), "data": url[inline.end():]},
+                              what, default_type, history)
+        if not re.match(r"(?i)(https?|gs)://\S+$", url):
+            raise invalid(".source.url: must be an http, https, gs or data URL")
+        mime = mimetypes.guess_type(urllib.parse.urlsplit(url).path)[0] or default_type
+        return {"fileData": {"mimeType": mime, "fileUri": url}}
+    if kind == "file":
+        raise invalid(".source: file ids need Anthropic's Files API, which Gemini does not have; send base64")
+    if kind != "base64":
+        raise invalid(".source.type: must be base64 or url, not %s" % json.dumps(kind)[:80])
+    data = expect(source.get("data"), (str,), ".source.data")
+    if not data:
+        raise invalid(".source.data: %s cannot be empty" % what)
+    if not is_base64(data):
+        data = "".join(data.split())
+        if not is_base64(data):
+            raise invalid(".source.data: could not process %s: it is not base64" % what)
+    mime = str(source.get("media_type") or default_type)
+    if what == "image":  # clients name the wrong type often enough, and Gemini believes them
+        head = base64.b64decode(data[:32].replace("-", "+").replace("_", "/").rstrip("=") + "===")
+        mime = next((name for name, magic in MAGIC_BYTES if head.startswith(magic)), mime)
+        if mime == "image/gif":
+            raise invalid(".source.media_type: could not process image: Gemini does not take image/gif; "
+                          "send PNG, JPEG, WEBP, HEIC or HEIF")
+    history.media_bytes += len(data)
+    return {"inlineData": {"mimeType": mime, "data": data}}
+
+
+def search_result_parts(block: Json, history: History) -> List[Json]:
+    texts = [part["text"] for at, inner in blocks_of(block.get("content"), ".content")
+             for part in part_of(at, inner, history, USER_PARTS) if "text" in part]
+    return [{"text": "Search result: %s (%s)\n%s" % (block.get("title"), block.get("source"), "\n".join(texts))}]
+
+
+def server_tool_parts(block: Json, history: History) -> List[Json]:
+    """A call of a server tool in an earlier answer, as text: Gemini has its own form for its own."""
+    return [{"text": "[%s: %s]" % (block.get("name"), json.dumps(block.get("input")))}]
+
+
+def server_result_parts(block: Json, history: History) -> List[Json]:
+    """The result of a server tool in an earlier answer: lists of sources by title and URL, else as JSON."""
+    content = block.get("content")
+    if isinstance(content, list) and any(isinstance(r, dict) and r.get("url") for r in content):
+        lines = ["- %s: %s" % (r.get("title"), r.get("url")) for r in content if isinstance(r, dict)]
+        return [{"text": "Sources found:\n" + "\n".join(lines)}]
+    for reference in content.get("tool_references") or [] if isinstance(content, dict) else []:
+        tool_reference_parts(reference, history)
+    return [{"text": "[%s: %s]" % (block["type"], json.dumps(content))}]
+
+
+def tool_reference_parts(block: Json, history: History) -> List[Json]:
+    """A deferred tool has been found by a tool search: it is declared from now on."""
+    name = block.get("tool_name") if isinstance(block, dict) else None
+    if not isinstance(name, str):
+        raise invalid(".tool_name: a tool name is required")
+    history.loaded[name] = True
+    return [{"text": "Tool %s is loaded." % name}]
+
+
+def tool_change_parts(block: Json, history: History) -> List[Json]:
+    """tool_addition and tool_removal change what is declared, and say nothing themselves."""
+    tool = expect(block.get("tool"), (dict,), ".tool")
+    definition = tool.get("definition")
+    if isinstance(definition, dict):
+        history.added_tools.append(definition)
+        tool = definition
+    if isinstance(tool.get("name"), str):
+        history.loaded[tool["name"]] = block["type"] == "tool_addition"
+    return []
+
+
+def compaction_parts(block: Json, history: History) -> List[Json]:
+    for i, change in enumerate(block.get("tool_changes") or []):
+        part_of(".tool_changes[%d]" % i, change, history, USER_PARTS)
+    content = block.get("content")
+    return [{"text": "Summary of the conversation so far:\n%s" % content}] if isinstance(content, str) else []
+
+
+def dropped_parts(block: Json, history: History) -> List[Json]:
+    return []
+
+
+def refused_parts(block: Json, history: History) -> List[Json]:
+    raise invalid(": %s blocks need Anthropic's Files API, which Gemini does not have" % block["type"])
+
+
+def other_parts(block: Json, history: History) -> List[Json]:
+    """Blocks that nobody knew when this was written are shown to the model as they are."""
+    shown = {key: value for key, value in block.items() if key != "cache_control"}
+    return [{"text": json.dumps(shown)[:20000]}]
+
+
+USER_PARTS = MappingProxyType({
+    "text": text_parts, "image": image_parts, "document": document_parts, "search_result": search_result_parts,
+    "tool_reference": tool_reference_parts, "tool_addition": tool_change_parts,
+    "tool_removal": tool_change_parts, "compaction": compaction_parts, "container_upload": refused_parts,
+    "mcp_tool_listing": dropped_parts, "fallback": dropped_parts,
+    "thinking": dropped_parts, "redacted_thinking": dropped_parts,
+    "server_tool_use": server_tool_parts, "mcp_tool_use": server_tool_parts,
+    "web_search_tool_result": server_result_parts, "web_fetch_tool_result": server_result_parts,
+    "code_execution_tool_result": server_result_parts, "tool_search_tool_result": server_result_parts,
+    "bash_code_execution_tool_result": server_result_parts, "advisor_tool_result": server_result_parts,
+    "text_editor_code_execution_tool_result": server_result_parts, "mcp_tool_result": server_result_parts,
+})
+MODEL_PARTS = MappingProxyType({**USER_PARTS, "text": model_text_parts, "thinking": thinking_parts,
+                                "tool_use": tool_use_parts})
+
+
+def offered_tools(request: Json, history: History) -> List[Json]:
+    """The tools to declare: all but deferred ones that nothing has loaded yet, and withdrawn ones."""
+    searchable = False
+    tools = []
+    for i, tool in enumerate((request.get("tools") or []) + history.added_tools):
+        path = "tools[%d]" % i
+        kind = expect(expect(tool, (dict,), path).get("type") or "custom", (str,), path + ".type")
+        if kind == "mcp_toolset":  # the one that has no name
+            raise invalid("%s: %s is not supported on Gemini" % (path, kind))
+        if not expect(tool.get("name"), (str,), path + ".name"):
+            raise invalid("%s.name: a tool name is required" % path)
+        if tool.get("input_schema") is not None:
+            expect(tool["input_schema"], (dict,), path + ".input_schema")
+        if kind.startswith(REFUSED_TOOLS):
+            raise invalid("%s: %s is not supported on Gemini" % (path, kind))
+        if kind.startswith("tool_search_tool_"):
+            searchable = True
+        elif tool["name"] != "DeferredToolPlaceholder":
+            tools.append(tool)
+    unique = {tool["name"]: tool for tool in tools}
+    return [tool for name, tool in unique.items()
+            if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
+
+
+def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str]) -> Tuple[List[Tuple[Json, Json]], List[str]]:
+    """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
+    functions: List[Tuple[Json, Json]] = []
+    built_in: List[str] = []
+    for tool in tools:
+        kind = tool.get("type") or "custom"
+        own = next((name for prefix, name in SERVER_TOOLS.items() if kind.startswith(prefix)), None)
+        known = next((value for prefix, value in CLIENT_TOOLS.items() if kind.startswith(prefix)), None)
+        if own:
+            built_in += [own] if own not in built_in else []
+        elif known:
+            tool = {"name": tool["name"], "description": known[0], "input_schema": known[1]}
+            functions.append((declaration(tool), tool))
+        elif kind == "custom" or tool.get("input_schema") is not None:
+            functions.append((declaration(tool), tool))
+        else:
+            notes.append("left out the tool %s: type %s is not known" % (tool["name"], kind))
+    if functions and built_in and rule.generation < 3:
+        notes.append("left out %s: %s* takes it only without functions" % (", ".join(built_in), rule.prefix))
+        built_in = []
+    return functions, built_in
+
+
+def declaration(tool: Json) -> Json:
+    """A tool -> functionDeclaration. Its schema goes through parametersJsonSchema: an unknown
+    keyword in `parameters` would cost the whole request a 400."""
+    declared: Json = {"name": gemini_name(tool["name"])}
+    description = tool.get("description")
+    declared["description"] = description if isinstance(description, str) else ""
+    declared["parametersJsonSchema"] = to_gemini_schema(tool.get("input_schema") or {}, root=True)
+    return declared
+
+
+def search_hints(tools: Sequence[Json]) -> List[str]:
+    """Domain lists of web_search as a sentence: Gemini's search has no field for them."""
+    hints = []
+    for tool in tools:
+        if str(tool.get("type")).startswith("web_search_"):
+            for key, sentence in (("allowed_domains", "Search and cite only these sites: %s."),
+                                  ("blocked_domains", "Never search or cite these sites: %s.")):
+                if tool.get(key):
+                    hints.append(sentence % ", ".join(map(str, tool[key])))
+    return hints
+
+
+def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str], choice: Json,
+                names: Mapping[str, str]) -> Json:
+    """`tools` and `toolConfig` of the body; nothing where there are no tools."""
+    tools: List[Json] = [{"functionDeclarations": [declared for declared, _ in functions]}] if functions else []
+    tools += [{name: {}} for name in built_in]
+    tool_config = function_calling(choice, names) if functions else {}
+    if functions and built_in:
+        tool_config["includeServerSideToolInvocations"] = True
+    return {key: value for key, value in (("tools", tools), ("toolConfig", tool_config)) if value}
+
+
+def function_calling(choice: Json, names: Mapping[str, str]) -> Json:
+    """tool_choice -> toolConfig; a choice that names no declared function leaves Gemini free."""
+    kind = choice.get("type")
+    if kind not in ("auto", "any", "tool", "none", None):
+        raise invalid("tool_choice.type: must be auto, any, tool or none, not %s" % json.dumps(kind)[:80])
+    if kind is None or (kind == "tool" and gemini_name(str(choice.get("name"))) not in names):
+        return {}
+    calling: Json = {"mode": {"auto": "AUTO", "none": "NONE"}.get(kind, "ANY")}
+    if kind == "tool":
+        calling["allowedFunctionNames"] = [gemini_name(choice["name"])]
+    return {"functionCallingConfig": calling}
+
+
+def answer_format(request: Json, has_tools: bool, rule: ModelRule) -> Tuple[List[str], Json]:
+    """The JSON Schema that the answer must have -> (system texts, fields of generationConfig)."""
+    config = request.get("output_config") or {}
+    wanted = config.get("format") or request.get("output_format")
+    if not wanted:
+        return [], {}
+    path = "output_config.format" if config.get("format") else "output_format"
+    if expect(wanted, (dict,), path).get("type") != "json_schema":
+        raise invalid("%s.type: must be json_schema" % path)
+    schema = expect(wanted.get("schema"), (dict,), path + ".schema")
+    fields = {"responseMimeType": "application/json", "responseJsonSchema": to_gemini_schema(schema)}
+    if not has_tools:
+        return [], fields
+    # With tools, Gemini 2.5 refuses the fields and later ones answer in prose as often as not.
+    hint = "Your final answer must be JSON of this schema, and nothing else: %s" % json.dumps(schema)
+    return [hint], fields if rule.generation > 2 else {}
+
+
+def thinking_from(request: Json, message_effort: str, rule: ModelRule) -> Tuple[str, Json]:
+    """thinking and effort -> ("", "shown" or "omitted", thinkingConfig).
+
+    Thinking that is off wins over any effort; a model that cannot stop gets its lowest setting.
+    """
+    thinking = request.get("thinking") or {}
+    effort = message_effort or (request.get("output_config") or {}).get("effort")
+    effort = effort if isinstance(effort, str) and effort in EFFORT_LEVELS else ""
+    budget = thinking.get("budget_tokens")
+    budget = budget if isinstance(budget, int) and budget > 0 else 0
+    if thinking.get("type", "disabled") == "disabled" or not (rule.levels or rule.budget[1]):
+        return "", _least_thinking(rule)
+    config: Json = {"includeThoughts": True}
+    if rule.levels and (effort or budget):
+        by_budget = "LOW" if budget <= 4096 else "MEDIUM" if budget <= 16384 else "HIGH"
+        config["thinkingLevel"] = EFFORT_LEVELS.get(effort, by_budget)
+    elif not rule.levels:
+        wanted = EFFORT_BUDGETS.get(effort, budget)
+        room = (request.get("max_tokens") or OUTPUT_LIMIT) - 1024
+        config["thinkingBudget"] = max(rule.budget[0], min(wanted, rule.budget[1], room)) if wanted else -1
+    return "omitted" if thinking.get("display") == "omitted" else "shown", config
+
+
+def _least_thinking(rule: ModelRule) -> Json:
+    if rule.levels:
+        return {"thinkingLevel": rule.levels[0]}
+    return {"thinkingBudget": 0 if rule.can_stop_thinking else rule.budget[0]} if rule.budget[1] else {}
+
+
+def generation_config(request: Json, rule: ModelRule, thinking: str, config: Config) -> Json:
+    """Sampling, stops and the token limit, capped to what the model gives."""
+    wanted = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
+    if not thinking and not rule.can_stop_thinking:
+        wanted += THINKING_HEADROOM  # its unwanted thoughts count too
+    generation: Json = {"maxOutputTokens": min(wanted, OUTPUT_LIMIT)}
+    for name, target in (("temperature", "temperature"), ("top_p", "topP"), ("top_k", "topK"),
+                         ("stop_sequences", "stopSequences")):
+        if request.get(name) not in (None, []):
+            generation[target] = request[name]
+    return generation
+
+
+# ---- 6. JSON Schema -> what Gemini takes (pure) ---------------------------------------------
+
+# Recorded as accepted through parametersJsonSchema; everything else is told in the description.
+_LENGTHS = MappingProxyType({"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")})
+_TOLD_OR_IDLE = frozenset({
+    "$schema", "$id", "$comment", "$defs", "definitions", "$anchor", "$dynamicRef", "$vocabulary", "$ref",
+    "readOnly", "writeOnly", "deprecated", "nullable", "type", "properties", "required", "items",
+    "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "description", "title", "format", "default",
+    "minimum", "maximum", "pattern", "additionalProperties", "propertyOrdering", "contentMediaType",
+    "minItems", "maxItems", "minLength", "maxLength"})
+_TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
+_FORMATS = MappingProxyType({"string": ("date-time",), "integer": ("int32", "int64"),
+                             "number": ("float", "double")})
+MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 20, 2000
+ANY_VALUE = MappingProxyType({"anyOf": tuple({"type": kind} for kind in ("string", "number", "boolean", "object"))
+                              + ({"type": "array", "items": {"type": "string"}},)})
+
+
+class _Place:
+    """Where in a schema document we are: what `$ref`s point into, which are open, how deep it is."""
+
+    def __init__(self, document: Json, refs: Tuple[str, ...] = (), depth: int = 0, left: Optional[List[int]] = None):
+        self.document, self.refs, self.depth = document, refs, depth
+        self.left = left or [MAX_SCHEMA_NODES]  # one count for the whole document
+
+    def deeper(self, *refs: str) -> "_Place":
+        return _Place(self.document, self.refs + refs, self.depth + 1, self.left)
+
+
+def to_gemini_schema(schema: Any, root: bool = False) -> Json:
+    """JSON Schema -> the subset that Gemini is recorded to take; what is lost goes into descriptions.
+
+    With `root` the result is an object schema, as function parameters must be. Never raises.
+    Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20) and recordings.
+    """
+    node = _schema_node(schema, _Place(schema))
+    return _as_object(node) if root and node.get("type") != "object" else node
+
+
+def _as_object(node: Json) -> Json:
+    """Function parameters must be one object: alternatives at the root become optional properties."""
+    branches = [branch for branch in node.get("anyOf", ()) if branch.get("type") == "object"]
+    out: Json = {"type": "object", "properties": {}}
+    for branch in branches:
+        out["properties"] = dict(branch.get("properties", {}), **out["properties"])
+    needs = [branch.get("required", []) for branch in branches]
+    common = [name for name in needs[0] if all(name in names for names in needs)] if needs else []
+    if common:
+        out["required"] = common
+    hints = [node.get("description")] + ["either: needs %s" % ", ".join(names) for names in needs if names != common]
+    if any(hints):
+        out["description"] = "; ".join(hint for hint in hints if hint)
+    return out
+
+
+def _schema_node(schema: Any, place: _Place) -> Json:
+    """One schema (never a map of schemas) -> one that has a type or an anyOf."""
+    place.left[0] -= 1
+    if place.depth > MAX_SCHEMA_DEPTH or place.left[0] < 0:
+        return {"type": "object", "description": "any JSON object"}
+    if not isinstance(schema, dict):
+        return _any_value()
+    schema, place = _resolved(schema, place)
+    types, branches = _types(schema), _list(schema, "anyOf") + _list(schema, "oneOf")
+    hints = ["%s: %s" % (key, json.dumps(value)[:200]) for key, value in schema.items()
+             if key not in _TOLD_OR_IDLE and not key.startswith("x-")]
+    if len(types) > 1 or branches:
+        node = _union(schema, types, branches, place)
+    else:
+        node = _typed_node(schema, types[0], place, hints) if types else _any_value()
+    node.update((key, schema[key]) for key in ("title", "description") if _is_text(schema.get(key)))
+    if "default" in schema:
+        node["default"] = schema["default"]
+    if hints:
+        node["description"] = ("%s (%s)" % (node.get("description", ""), "; ".join(hints))).strip()
+    return node
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _list(schema: Json, key: str) -> List[Any]:
+    """A keyword that must hold a list; malformed ones count as absent."""
+    return list(schema[key]) if isinstance(schema.get(key), list) else []
+
+
+def _any_value() -> Json:
+    return {"anyOf": [dict(branch) for branch in ANY_VALUE["anyOf"]]}
+
+
+def _resolved(schema: Json, place: _Place) -> Tuple[Json, _Place]:
+    """Put local `$ref`s and `allOf` members into the node itself; a cycle is cut to a plain object."""
+    while isinstance(schema.get("$ref"), str):
+        ref = schema["$ref"]
+        schema = {key: value for key, value in schema.items() if key != "$ref"}
+        target = _pointed(place.document, ref)
+        if target is None or ref in place.refs:
+            hint = "same form as %s" % (ref.rpartition("/")[2].strip("#") or "the whole")
+            return dict({"type": "object", "description": hint}, **schema), place
+        schema = dict(target, **schema)
+        place = _Place(place.document, place.refs + (ref,), place.depth, place.left)
+    for member in _list(schema, "allOf"):
+        if isinstance(member, dict) and place.depth < MAX_SCHEMA_DEPTH:
+            member, place = _resolved(member, place.deeper())
+            schema = _joined({key: value for key, value in schema.items() if key != "allOf"}, member)
+    return schema, place
+
+
+def _pointed(document: Json, ref: str) -> Optional[Json]:
+    """The node that a local JSON pointer (`#/$defs/x`) names, or None."""
+    node: Any = document if ref.startswith("#") else None
+    for step in ref[1:].split("/")[1:]:
+        step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and step.isdecimal() and int(step) < len(node):
+            node = node[int(step)]
+        else:
+            node = node.get(step) if isinstance(node, dict) else None
+    return node if isinstance(node, dict) else None
+
+
+def _joined(base: Json, extra: Json) -> Json:
+    """Two schemas that both must hold, as one: properties and required are united, else `base` wins."""
+    out = dict(extra, **base)
+    if isinstance(base.get("properties"), dict) and isinstance(extra.get("properties"), dict):
+        out["properties"] = dict(extra["properties"], **base["properties"])
+    if _list(base, "required") and _list(extra, "required"):
+        out["required"] = base["required"] + extra["required"]
+    return out
+
+
+def _types(schema: Json) -> List[str]:
+    """The types that a node allows; inferred where it names none, empty if nothing tells."""
+    named = schema.get("type")
+    types = [kind.lower() for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)]
+    types = [kind for kind in types if kind in _TYPES]
+    if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
+        types = sorted({_json_type(value) for value in _values(schema)})
+        if not types:
+            types = ["object"] * isinstance(schema.get("properties"), dict) or ["array"] * ("items" in schema)
+    return types + ["null"] * (bool(types) and "null" not in types and schema.get("nullable") is True)
+
+
+def _values(schema: Json) -> List[Any]:
+    """The values that enum or const allow."""
+    return _list(schema, "enum") or ([schema["const"]] if "const" in schema else [])
+
+
+def _json_type(value: Any) -> str:
+    return {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object",
+            list: "array"}.get(type(value), "null")
+
+
+def _union(schema: Json, types: Sequence[str], branches: Sequence[Any], place: _Place) -> Json:
+    """Several types, or anyOf/oneOf -> anyOf, with what stood beside it put into each branch."""
+    outer = {key: value for key, value in schema.items()
+             if key not in ("anyOf", "oneOf", "description", "title", "default")}
+    if branches:
+        inner = [_joined(branch, outer) if isinstance(branch, dict) else branch
+                 for branch in branches if branch is not False]
+    else:
+        inner = [dict(outer, type=kind, nullable=False) for kind in types]
+    nodes: List[Json] = []
+    for branch in inner:
+        node = _schema_node(branch, place.deeper())
+        nodes += [flat for flat in (node["anyOf"] if set(node) == {"anyOf"} else [node]) if flat not in nodes]
+    if len(nodes) < 2:
+        return nodes[0] if nodes else _any_value()
+    return {"anyOf": nodes}
+
+
+def _typed_node(schema: Json, kind: str, place: _Place, hints: List[str]) -> Json:
+    """A node of one type, with the keywords that this type may have."""
+    node: Json = {"type": kind}
+    if kind == "object":
+        _object_keywords(schema, node, place)
+    elif kind == "array":
+        node["items"] = _items(schema, place)
+    elif kind != "null":
+        _scalar_keywords(schema, node, hints)
+    for key in _LENGTHS.get(kind, ()):
+        if type(schema.get(key)) is int and 0 <= schema[key] < 1 << 31:
+            node[key] = schema[key]
+    return node
+
+
+def _object_keywords(schema: Json, node: Json, place: _Place) -> None:
+    if isinstance(schema.get("properties"), dict):
+        node["properties"] = _schema_map(schema["properties"], place)
+    required = [name for name in _list(schema, "required") if isinstance(name, str) and name in node.get("properties", ())]
+    if required:
+        node["required"] = list(OrderedDict.fromkeys(required))
+    extra = schema.get("additionalProperties")
+    if isinstance(extra, (bool, dict)):
+        node["additionalProperties"] = extra if isinstance(extra, bool) else _schema_node(extra, place.deeper())
+
+
+def _schema_map(properties: Json, place: _Place) -> Json:
+    """A map of names to schemas: its keys are names, whatever they look like."""
+    return {name: _schema_node(prop, place.deeper()) for name, prop in properties.items()}
+
+
+def _items(schema: Json, place: _Place) -> Json:
+    """Gemini wants one schema for all items; the members of a tuple become alternatives."""
+    items = schema.get("items")
+    members = _list(schema, "prefixItems") or _list(schema, "items")
+    if members:
+        return _union({}, (), members + [items] * isinstance(items, dict), place)
+    return _schema_node(items, place.deeper())
+
+
+def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
+    """enum, format, pattern and bounds; Gemini's enum holds non-empty strings only, the rest is told."""
+    values = _values(schema)
+    texts = [value for value in values if _is_text(value)] if node["type"] == "string" else []
+    if texts:
+        node["enum"] = list(OrderedDict.fromkeys(texts))
+    if "" in values and node["type"] == "string":
+        hints.append('or "" (empty)')
+    elif values and not texts:
+        hints.append("one of: %s" % ", ".join(json.dumps(value) for value in values)[:500])
+    form = schema.get("format")
+    if form in _FORMATS.get(node["type"], ()):
+        node["format"] = form
+    elif _is_text(form):
+        hints.append("format: %s" % form)
+    if node["type"] == "string" and _is_text(schema.get("pattern")):
+        node["pattern"] = schema["pattern"]
+    for key in ("minimum", "maximum"):
+        if node["type"] in ("integer", "number") and type(schema.get(key)) in (int, float) \
+                and abs(schema[key]) < 1 << 53:
+            node[key] = schema[key]
+
+
+def strict_schema(node: Json) -> Json:
+    """A cleaned schema -> the older `parameters` form: no null type, no object without properties.
+
+    Source: https://ai.google.dev/api/caching#Schema (read 2026-11-20).
+    """
+    out = {key: value for key, value in node.items()
+           if key not in ("anyOf", "default", "items", "properties", "additionalProperties")}
+    branches = [strict_schema(branch) for branch in node.get("anyOf", ()) if branch.get("type") != "null"]
+    if len(branches) == 1:
+        out = dict(branches[0], **out)
+    elif branches:
+        out["anyOf"] = branches
+    if len(branches) < len(node.get("anyOf", ())) or node.get("type") == "null":
+        out = dict({"type": "string"}, **dict(out, nullable=True)) if not branches else dict(out, nullable=True)
+    if out.get("type") == "null":
+        out["type"] = "string"
+    if "items" in node:
+        out["items"] = strict_schema(node["items"])
+    if node.get("properties"):
+        out["properties"] = {name: strict_schema(prop) for name, prop in node["properties"].items()}
+    elif node.get("type") == "object":
+        out = {"type": "string", "description": ("%s (a JSON object, as text)" % node.get("description", "")).strip()}
+    return out
+
+
+def with_strict_tools(body: Json) -> Json:
+    """The same request with `parameters` instead of parametersJsonSchema, for upstreams that lack it."""
+    tools = []
+    for tool in body.get("tools", ()):
+        declared = []
+        for function in tool.get("functionDeclarations", ()):
+            schema = function.get("parametersJsonSchema") or {}
+            function = {key: function[key] for key in ("name", "description") if key in function}
+            if schema.get("properties"):
+                function["parameters"] = strict_schema(schema)
+            declared.append(function)
+        tools.append({"functionDeclarations": declared} if declared else tool)
+    return dict(body, tools=tools) if tools else body
+
+
+def without_thinking_config(body: Json) -> Json:
+    """The same request with the model's own idea of how much to think."""
+    generation = {k: v for k, v in body["generationConfig"].items() if k != "thinkingConfig"}
+    return dict(body, generationConfig=generation)
+
+
+def with_dummy_signatures(body: Json) -> Json:
+    """The same request with no real signature: the dummy on the first call of each step."""
+    contents = []
+    for content in body["contents"]:
+        parts = [{k: v for k, v in part.items() if k != "thoughtSignature"} for part in content["parts"]
+                 if not part.get("thought")]
+        first = next((part for part in parts if "functionCall" in part), None)
+        if first:
+            first["thoughtSignature"] = DUMMY_SIGNATURE
+        contents.append({"role": content["role"], "parts": parts})
+    return dict(body, contents=contents)
+
+
+# ---- 7. Gemini answer -> Anthropic events (pure) --------------------------------------------
+
+@contextlib.contextmanager
+def _known_form() -> Iterator[None]:
+    """Chunks are taken as documented; what breaks on one that is not becomes one clear error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        raise ProxyError(500, "Gemini's answer has an unknown form: %s" % exc) from exc
+
+
+class MessageEmitter:
+    """Turns the chunks of one answer into the events of one message. One thread at a time.
+
+    start() gives message_start; feed(chunk) what a chunk adds; finish() the end. Blocks are
+    contiguous and one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is
+    called before the block that a signature belongs to is given out. When an answer was of no use,
+    `again()` lets the next one continue the same message.
+    Source: https://docs.claude.com/en/api/messages-streaming (read 2026-11-20).
+    """
+
+    def __init__(self, requested_model: str, new_id: Callable[[str], str],
+                 remember: Callable[[str, str], None], translation: Optional[Translation] = None,
+                 input_tokens: int = 0, edits_wanted: bool = False) -> None:
+        self.requested_model = requested_model
+        self.finish_reason = ""
+        self.answered = False        # a text or a call has been given out
+        self.calls = 0
+        self.usage: Json = {}
+        self._new_id = new_id
+        self._remember = remember
+        self._names = translation.names if translation else {}
+        self._schemas = translation.schemas if translation else {}
+        self._thinking = translation.thinking if translation else "shown"
+        self._single_call = bool(translation and translation.single_call)
+        self._input_tokens = input_tokens
+        self._edits_wanted = edits_wanted
+        self._out: List[Json] = []
+        self._index = -1
+        self._open = ""              # type of the open block
+        self._texts: List[str] = []  # of the open text block
+        self._signature = ""         # of the open text or thinking block
+        self._finish_message = ""
+        self._block_reason = ""
+        self._grounding: Json = {}
+        self._seen_calls: set = set()
+        self._code_id = ""
+
+    def start(self) -> List[Json]:
+        """-> [message_start], with an estimate of the input; the truth follows in message_delta."""
+        return [{"type": "message_start", "message": {
+            "id": self._new_id("msg_"), "type": "message", "role": "assistant", "model": self.requested_model,
+            "content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None, "container": None,
+            "usage": full_usage(self._input_tokens)}}]
+
+    def feed(self, chunk: Json) -> List[Json]:
+        """One GenerateContentResponse -> events. Unknown parts and fields are passed over.
+
+        Raises ProxyError 500 for a chunk that is no such response.
+        """
+        with _known_form():
+            return self._feed(chunk)
+
+    def _feed(self, chunk: Json) -> List[Json]:
+        self.usage.update((k, v) for k, v in (chunk.get("usageMetadata") or {}).items() if v is not None)
+        feedback = chunk.get("promptFeedback") or {}
+        self._block_reason = feedback.get("blockReason") or self._block_reason
+        candidate = next((c for c in chunk.get("candidates") or () if not c.get("index")), {})
+        for part in (candidate.get("content") or {}).get("parts") or ():
+            self._part(part)
+        self.finish_reason = finish_name(candidate.get("finishReason")) or self.finish_reason
+        self._finish_message = str(candidate.get("finishMessage") or self._finish_message)
+        if candidate.get("groundingMetadata"):
+            self._grounding = candidate["groundingMetadata"]
+        return self._take()
+
+    def again(self) -> None:
+        """Forget how the last answer ended: another one follows in the same message."""
+        self.finish_reason = self._finish_message = ""
+
+    @property
+    def is_useless(self) -> bool:
+        """Nothing was said or called, and asking again may help."""
+        return not self.answered and not self._block_reason and self.finish_reason in ASK_AGAIN
+
+    def keep_alive(self) -> List[Json]:
+        """A delta that changes nothing: some clients do not take pings for a sign of life."""
+        if not self._open and self._thinking and not self.answered:
+            self._open_block({"type": "thinking", "thinking": "", "signature": ""})
+        if self._open == "thinking":
+            self._delta({"type": "thinking_delta", "thinking": ""})
+        elif self._open == "text":
+            self._delta({"type": "text_delta", "text": ""})
+        return self._take()
+
+    def finish(self) -> List[Json]:
+        """End the message: sources, a word where the answer is empty or was stopped, the totals."""
+        reason, note = stop_reason(self.finish_reason, self.calls > 0)
+        if self._block_reason and not self.answered:
+            reason, note = "refusal", "Gemini refused this prompt: %s." % self._block_reason
+        note = note.replace("{}", self._finish_message).strip()
+        if not note and not self.answered:
+            note = ("Gemini used its whole output limit for thinking; raise max_tokens or lower the effort."
+                    if reason == "max_tokens" else "Gemini gave an empty answer.")
+        with _known_form():
+            searches = self._sources()
+        if note:
+            self._text("%s[%s]" % ("\n\n" if self._open == "text" else "", note))
+        self._close()
+        details = {"type": "refusal", "category": None, "explanation": note} if reason == "refusal" else None
+        delta = {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None, "stop_details": details},
+                 "usage": self._total_usage(searches)}
+        if self._edits_wanted:
+            delta["context_management"] = {"applied_edits": []}
+        self._out += [delta, {"type": "message_stop"}]
+        return self._take()
+
+    def _take(self) -> List[Json]:
+        out, self._out = self._out, []
+        return out
+
+    def _part(self, part: Json) -> None:
+        signature, text = part.get("thoughtSignature") or "", part.get("text") or ""
+        if not isinstance(signature, str) or not isinstance(text, str):
+            raise TypeError("a text that is no string")
+        if part.get("thought"):
+            self._thought(text, signature)
+        elif text:
+            self._text(text)
+        elif "functionCall" in part:
+            self._function_call(part["functionCall"], signature)
+        elif "executableCode" in part:
+            self._code_id = self._new_id("srvtoolu_")
+            self._server_tool(self._code_id, "code_execution", {"code": part["executableCode"].get("code", "")})
+        elif "codeExecutionResult" in part:
+            self._code_result(part["codeExecutionResult"])
+        elif "inlineData" in part or "fileData" in part:
+            self._media(part)
+        if signature and self._open == "text":
+            self._signature = signature
+
+    def _thought(self, text: str, signature: str) -> None:
+        if not self._thinking:
+            return
+        if self._open != "thinking" or (signature and self._signature):
+            self._open_block({"type": "thinking", "thinking": "", "signature": ""})
+        if text or not signature:
+            self._delta({"type": "thinking_delta", "thinking": text if self._thinking == "shown" else ""})
+        if signature and self._thinking == "shown":  # a signed thought goes back whole, or not at all
+            self._signature = THOUGHT_MARK + signature
+
+    def _text(self, text: str) -> None:
+        if self._open != "text":
+            self._open_block({"type": "text", "text": "", "citations": []})
+        self._texts.append(text)
+        self._delta({"type": "text_delta", "text": text})
+        self.answered = True
+
+    def _function_call(self, call: Json, signature: str) -> None:
+        """Give out a call once. A signed one is preceded by a thinking block that carries its
+        signature, so that it survives a restart of the proxy; only if the client has thinking on."""
+        name = call.get("name")
+        args = call.get("args") or {}
+        if not name or (self._single_call and self.calls):
+            return
+        if call.get("id"):
+            seen = (call["id"], name, json.dumps(args))
+            if seen in self._seen_calls:
+                return
+            self._seen_calls.add(seen)
+        if signature and self._thinking:
+            if self._open != "thinking" or self._signature:
+                self._open_block({"type": "thinking", "thinking": "", "signature": ""})
+            self._signature = CALL_MARK + signature
+        tool_use_id = self._new_id("toolu_")
+        if signature:
+            self._remember(tool_use_id, signature)
+        name = client_name(name, self._names)
+        self._open_block({"type": "tool_use", "id": tool_use_id, "name": name, "input": {},
+                          "caller": {"type": "direct"}})
+        args = repaired_arguments(args, self._schemas.get(name) or {})
+        self._delta({"type": "input_json_delta", "partial_json": dump_json(args).decode("ascii")})
+        self._close()
+        self.calls += 1
+        self.answered = True
+
+    def _server_tool(self, id_: str, name: str, input_: Json) -> None:
+        self._open_block({"type": "server_tool_use", "id": id_, "name": name, "input": {},
+                          "caller": {"type": "direct"}})
+        self._delta({"type": "input_json_delta", "partial_json": dump_json(input_).decode("ascii")})
+        self._close()
+        self.answered = True
+
+    def _code_result(self, result: Json) -> None:
+        ok = result.get("outcome") in ("OUTCOME_OK", 1)
+        output = str(result.get("output") or "")
+        if not self._code_id:  # a result without its code: every result must name a call
+            self._code_id = self._new_id("srvtoolu_")
+            self._server_tool(self._code_id, "code_execution", {"code": ""})
+        self._open_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
+                          "caller": {"type": "direct"},
+                          "content": {"type": "code_execution_result", "stdout": output if ok else "",
+                                      "stderr": "" if ok else output or str(result.get("outcome")),
+                                      "return_code": 0 if ok else 1, "content": []}})
+        self._close()
+        self._code_id = ""
+        self.answered = True
+
+    def _media(self, part: Json) -> None:
+        """An image or file that Gemini made: as Markdown, the only form an answer's text has for it."""
+        data = part.get("inlineData") or part.get("fileData") or {}
+        uri = data.get("fileUri") or "data:%s;base64,%s" % (data.get("mimeType"), data.get("data") or "")
+        self._text("%s![%s](%s)" % ("\n\n" if self._open == "text" else "", data.get("mimeType"), uri))
+
+    def _sources(self) -> int:
+        """groundingMetadata -> citations on the open text, then the search and its results as blocks.
+
+        It comes with the last chunk, when the text is out: the order is text, search, results, in
+        every delivery. Returns the number of searches.
+        """
+        webs = [c.get("web") or c.get("retrievedContext") or c.get("maps") or {}
+                for c in self._grounding.get("groundingChunks") or ()]
+        queries = self._grounding.get("webSearchQueries") or []
+        if self._open == "text":
+            for support in self._grounding.get("groundingSupports") or ():
+                self._citation(support, webs)
+        if not queries and not webs:
+            return 0
+        tool_use_id = self._new_id("srvtoolu_")
+        self._server_tool(tool_use_id, "web_search", {"query": "; ".join(queries)})
+        self._open_block({"type": "web_search_tool_result", "tool_use_id": tool_use_id,
+                          "caller": {"type": "direct"}, "content": [
+                              {"type": "web_search_result", "url": str(web.get("uri") or ""),
+                               "title": str(web.get("title") or web.get("uri") or ""),
+                               "encrypted_content": "", "page_age": None} for web in webs]})
+        self._close()
+        return max(1, len(queries))
+
+    def _citation(self, support: Json, webs: Sequence[Json]) -> None:
+        for i in support.get("groundingChunkIndices") or ():
+            if isinstance(i, int) and 0 <= i < len(webs):
+                self._delta({"type": "citations_delta", "citation": {
+                    "type": "web_search_result_location", "url": str(webs[i].get("uri") or ""),
+                    "title": str(webs[i].get("title") or ""), "encrypted_index": "",
+                    "cited_text": str((support.get("segment") or {}).get("text") or "")}})
+
+    def _open_block(self, block: Json) -> None:
+        self._close()
+        self._index += 1
+        self._open = block["type"]
+        self._out.append({"type": "content_block_start", "index": self._index, "content_block": block})
+
+    def _delta(self, delta: Json) -> None:
+        self._out.append({"type": "content_block_delta", "index": self._index, "delta": delta})
+
+    def _close(self) -> None:
+        if not self._open:
+            return
+        if self._open == "thinking":  # always one signature: clients may drop a block without
+            self._delta({"type": "signature_delta", "signature": self._signature or THOUGHT_MARK})
+        elif self._open == "text" and self._signature:
+            self._remember(text_key("".join(self._texts)), self._signature)
+        self._out.append({"type": "content_block_stop", "index": self._index})
+        self._open = self._signature = ""
+        self._texts = []
+
+    def _total_usage(self, searches: int) -> Json:
+        usage = {k: v for k, v in self.usage.items() if isinstance(v, int)}
+        cached = usage.get("cachedContentTokenCount", 0)
+        prompt = max(0, usage.get("promptTokenCount", 0) - cached) + usage.get("toolUsePromptTokenCount", 0)
+        thoughts = usage.get("thoughtsTokenCount", 0)
+        return full_usage(prompt if usage else self._input_tokens, cached,
+                          usage.get("candidatesTokenCount", 0) + thoughts, thoughts, searches)
+
+
+def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, thinking_tokens: int = 0,
+               searches: int = 0) -> Json:
+    """Anthropic's usage object with all fields that its published schema requires."""
+    return {"input_tokens": input_tokens, "cache_creation_input_tokens": 0, "cache_read_input_tokens": cached,
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+            "output_tokens": output_tokens, "output_tokens_details": {"thinking_tokens": thinking_tokens},
+            "server_tool_use": {"web_search_requests": searches, "web_fetch_requests": 0} if searches else None,
+            "service_tier": "standard", "inference_geo": None}
+
+
+def finish_name(reason: Any) -> str:
+    if isinstance(reason, int):
+        return FINISH_REASON_NAMES[reason] if 0 <= reason < len(FINISH_REASON_NAMES) else "OTHER"
+    return "" if reason in (None, "FINISH_REASON_UNSPECIFIED") else str(reason)
+
+
+def stop_reason(finish_reason: str, called: bool) -> Tuple[str, str]:
+    """finishReason -> (stop_reason, note for the reader). Gemini says STOP for tool calls, too."""
+    default = ("end_turn", "Gemini stopped this answer: %s. {}" % finish_reason)
+    reason, note = STOP_REASONS.get(finish_reason, default)
+    return ("tool_use", "") if called else (reason, note)
+
+
+def client_name(name: str, names: Mapping[str, str]) -> str:
+    """A called function's name -> the client's tool name, also where the model wrote
+    `default_api:Bash` or another case than declared."""
+    if name in names:
+        return names[name]
+    bare = re.split(r"[:.]", name)[-1].lower()
+    return next((own for declared, own in names.items() if declared.lower() in (name.lower(), bare)), name)
+
+
+def repaired_arguments(args: Json, schema: Json) -> Json:
+    """Arguments of a call with what Gemini is known to get wrong set right, by the client's schema:
+
+    optional ones that are null or "" are left out, scalars of the wrong type are converted.
+    """
+    properties = schema.get("properties") if isinstance(schema, dict) else None
+    if not isinstance(properties, dict) or not isinstance(args, dict):
+        return args
+    required = schema.get("required") if isinstance(schema.get("required"), list) else ()
+    out = {}
+    for name, value in args.items():
+        prop = properties.get(name)
+        types = _types(prop) if isinstance(prop, dict) and not ({"$ref", "anyOf", "oneOf", "allOf"} & set(prop)) else []
+        if types:
+            if name not in required and (value is None and "null" not in types
+                                         or value == "" and "" not in (prop.get("enum") or ())):
+                continue
+            value = repaired_value(value, prop, types)
+        out[name] = value
+    return out
+
+
+def repaired_value(value: Any, schema: Json, types: Sequence[str]) -> Any:
+    """One value made to fit the types that its schema allows, or left as it is."""
+    own = _json_type(value)
+    if own == "object" and "object" in types:
+        return repaired_arguments(value, schema)
+    if own == "array" and "array" in types:
+        items = schema.get("items")
+        inner = _types(items) if isinstance(items, dict) else []
+        return [repaired_value(item, items, inner) for item in value] if inner else value
+    if own in types or (own == "integer" and "number" in types):
+        return value
+    if own == "number" and "integer" in types and value.is_integer():
+        return int(value)
+    if own in ("integer", "number", "boolean") and "string" in types:
+        return json.dumps(value)
+    return _from_string(value, types) if own == "string" else value
+
+
+def _from_string(text: str, types: Sequence[str]) -> Any:
+    """A string where something else belongs: what it says, if that is of a right type."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    own = _json_type(value)
+    if own == "number" and "integer" in types and value == value and abs(value) < 1 << 53 and value.is_integer():
+        return int(value)
+    return value if own in types or (own == "integer" and "number" in types) else text
+
+
+def events_from_gemini(chunks: Iterable[Json], emitter: MessageEmitter) -> Iterator[Json]:
+    """All events of one answer, from message_start to message_stop."""
+    yield from emitter.start()
+    for chunk in chunks:
+        yield from emitter.feed(chunk)
+    yield from emitter.finish()
+
+
+def message_from_events(events: Iterable[Json]) -> Json:
+    """Events -> the Message that a client builds from them; this is the answer to stream: false."""
+    message: Json = {}
+    partial = ""
+    for event in events:
+        kind = event["type"]
+        if kind == "message_start":
+            message = dict(event["message"], content=[])
+        elif kind == "content_block_start":
+            block = dict(event["content_block"])
+            message["content"].append(block)
+            partial = ""
+        elif kind == "content_block_delta":
+            partial += _apply_delta(block, event["delta"])
+        elif kind == "content_block_stop" and partial:
+            block["input"] = json.loads(partial)
+        elif kind == "message_delta":
+            message.update(event["delta"], usage=dict(message["usage"], **event["usage"]))
+            message.update((k, event[k]) for k in ("context_management",) if k in event)
+    return message
+
+
+def _apply_delta(block: Json, delta: Json) -> str:
+    """Add a delta to its block; JSON fragments are returned, as they mean nothing before the end."""
+    if delta["type"] == "text_delta":
+        block["text"] += delta["text"]
+    elif delta["type"] == "thinking_delta":
+        block["thinking"] += delta["thinking"]
+    elif delta["type"] == "signature_delta":
+        block["signature"] = delta["signature"]
+    elif delta["type"] == "citations_delta":
+        block["citations"] = block["citations"] + [delta["citation"]]
+    return delta.get("partial_json", "")
+
+
+# ---- 8. Wire formats (pure) -----------------------------------------------------------------
+
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+def sse_frame(event: Json) -> bytes:
+    """Event -> frame. Both lines are needed: the Python SDK drops records without `event:`."""
+    return b"event: %s\ndata: %s\n\n" % (event["type"].encode("ascii"), dump_json(event))
+
+
+def error_frame(error: ProxyError, request_id: str) -> bytes:
+    return b"event: error\ndata: %s\n\n" % dump_json(error.body(request_id))
+
+
+def chunks_from_sse(pieces: Iterable[bytes]) -> Iterator[Json]:
+    """Bytes of an SSE stream, cut anywhere -> the JSON object of each record.
+
+    Also takes several `data:` lines in a record, and the bare, pretty-printed error that Gemini
+    sends without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError on
+    anything that is not JSON.
+    """
+    data: List[bytes] = []
+    bare: List[bytes] = []
+    for line in _lines(pieces):
+        if line.startswith(b"data:"):
+            data.append(line[5:].lstrip())
+        elif not line and data:
+            yield from _objects(b"\n".join(data))
+            data = []
+        elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+            bare.append(line)
+    yield from _objects(b"\n".join(data))
+    yield from _objects(b"\n".join(bare))
+
+
+def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    rest: List[bytes] = []
+    for piece in pieces:
+        head, newline, tail = piece.partition(b"\n")
+        if not newline:
+            rest.append(piece)
+            continue
+        lines = (b"".join(rest) + piece).split(b"\n")
+        rest = [lines.pop()]
+        for line in lines:
+            yield line.rstrip(b"\r")
+    yield b"".join(rest).rstrip(b"\r")
+
+
+def _objects(raw: bytes) -> Iterator[Json]:
+    """A JSON object, or the objects of a JSON list; an OpenAI-style [DONE] ends nothing here."""
+    if not raw.strip() or raw == b"[DONE]":
+        return
+    value = json.loads(raw)
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, dict):
+            raise ValueError("an object was expected")
+        yield item
+
+
+# ---- 9. Shared state (state) ----------------------------------------------------------------
+#
+#   object                              lives          touched by         lock
+#   Config                              process        all, read-only     none: frozen
+#   SignatureCache, KeyRing, Metrics    process        every handler      one each, for dict operations only
+#   ConnectionPool                      process        every handler      one, never held during I/O
+#   MessageEmitter                      one answer     handler, pings     its EventStream's
+#   EventStream                         one answer     handler, pings     one, held while writing
+
+class SignatureCache:
+    """Thought signatures by tool_use id or text key: an LRU bound in entries, age and bytes."""
+
+    ENTRY_BYTES = 250  # what an entry costs beside its two strings (measured, CPython 3.11)
+
+    def __init__(self, size: int, ttl: float, limit_bytes: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._size, self._ttl, self._limit_bytes, self._clock = size, ttl, limit_bytes, clock
+        self._lock = threading.Lock()  # protects the two below
+        self._entries: "OrderedDict[str, Tuple[str, float]]" = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: str) -> Optional[str]:
+        """The signature, whose time begins anew, or None."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry[1] < self._clock():
+                return None
+            self._entries[key] = (entry[0], self._clock() + self._ttl)
+            self._entries.move_to_end(key)
+            return entry[0]
+
+    def put(self, key: str, signature: str) -> None:
+        with self._lock:
+            self._drop(key)
+            now = self._clock()
+            self._entries[key] = (signature, now + self._ttl)
+            self._bytes += len(key) + len(signature) + self.ENTRY_BYTES
+            # Use renews an entry and moves it to the end, so the oldest is also the first to expire.
+            while self._entries and (len(self._entries) > self._size or self._bytes > self._limit_bytes
+                                     or next(iter(self._entries.values()))[1] < now):
+                self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: str) -> None:
+        entry = self._entries.pop(key, None)
+        if entry:
+            self._bytes -= len(key) + len(entry[0]) + self.ENTRY_BYTES
+
+    def size(self) -> Tuple[int, int]:
+        """-> (entries, bytes)"""
+        with self._lock:
+            return len(self._entries), self._bytes
+
+
+class KeyRing:
+    """The Gemini keys in turn; one that failed rests for a while, for the model that it failed on."""
+
+    def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._keys, self._clock = tuple(keys), clock
+        self._lock = threading.Lock()  # protects the two below
+        self._next = 0
+        self._resting: Dict[Tuple[int, str], float] = {}
+
+    def acquire(self, model: str) -> int:
+        """Number of the next key that is not resting; if all are, of the one that is ready first."""
+        with self._lock:
+            now = self._clock()
+            order = [(self._next + i) % len(self._keys) for i in range(len(self._keys))]
+            ready = [n for n in order if self._resting.get((n, model), 0) <= now]
+            number = ready[0] if ready else min(order, key=lambda n: self._resting[n, model])
+            self._next = (number + 1) % len(self._keys)
+            return number
+
+    def key(self, number: int) -> str:
+        return self._keys[number]
+
+    def rest(self, number: int, model: str, seconds: float) -> bool:
+        """Let a key rest; returns whether another one is ready for the model."""
+        with self._lock:
+            now = self._clock()
+            self._resting[number, model] = now + seconds
+            return any(self._resting.get((n, model), 0) <= now for n in range(len(self._keys)))
+
+    def resting(self) -> Dict[str, float]:
+        """{"key number/model": seconds left}"""
+        with self._lock:
+            now = self._clock()
+            return {"%d/%s" % (n + 1, model): until - now for (n, model), until in self._resting.items() if until > now}
+
+
+class Metrics:
+    """Counters by name and labels."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # protects the counter
+        self._values: Counter = Counter()
+
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        with self._lock:
+            self._values[name, tuple(sorted(labels.items()))] += amount
+
+    def snapshot(self) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
+        with self._lock:
+            return dict(self._values)
+
+    def render(self, gauges: Mapping[str, float]) -> str:
+        """Prometheus text format 0.0.4, https://prometheus.io/docs/instrumenting/exposition_formats/."""
+        lines = []
+        for name, value in sorted(gauges.items()):
+            lines += ["# TYPE proxy_%s gauge" % name, "proxy_%s %g" % (name, value)]
+        previous = ""
+        for (name, labels), value in sorted(self.snapshot().items()):
+            if name != previous:
+                lines.append("# TYPE proxy_%s counter" % name)
+                previous = name
+            shown = ",".join('%s="%s"' % (k, re.sub(r'["\\\n]', "_", v)) for k, v in labels)
+            lines.append("proxy_%s%s %.10g" % (name, "{%s}" % shown if shown else "", value))
+        return "\n".join(lines) + "\n"
+
+
+# ---- 10. Upstreams (I/O) --------------------------------------------------------------------
+
+class ConnectionPool(urllib.request.HTTPSHandler):
+    """Keeps http.client connections beneath urllib.request, so that its proxy handling stays.
+
+    An idle connection is dropped before the server would (nginx: 60 s and more). One that dies
+    before a status line is replaced once, silently: the server closed it while it was idle.
+    """
+
+    IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
+
+    def __init__(self, secure: bool, timeout: float) -> None:
+        context = ssl.create_default_context() if secure else None
+        super().__init__(context=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        self._tls, self._timeout = context, timeout
+        self._lock = threading.Lock()  # protects _idle
+        self._idle: Dict[Tuple, List[Tuple[Any, float]]] = {}
+
+    http_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def http_open(self, request: urllib.request.Request) -> "Reply":
+        return self._open(request, http.client.HTTPConnection)
+
+    def https_open(self, request: urllib.request.Request) -> "Reply":
+        return self._open(request, functools.partial(http.client.HTTPSConnection, context=self._tls))
+
+    def _open(self, request: urllib.request.Request, connect: Callable[..., Any]) -> "Reply":
+        tunnel = getattr(request, "_tunnel_host", None)
+        place = (request.type, request.host, tunnel)
+        headers = {name.title(): value for name, value in request.header_items()}
+        proxy_headers = {name: headers.pop(name) for name in ("Proxy-Authorization",) if tunnel and name in headers}
+        while True:
+            connection = self._take(place)
+            reused = connection is not None
+            if connection is None:
+                connection = connect(request.host, timeout=min(30.0, self._timeout))
+                if tunnel:
+                    connection.set_tunnel(tunnel, headers=proxy_headers)
+            try:
+                if connection.sock is None:
+                    connection.connect()
+                    connection.sock.settimeout(self._timeout)
+                connection.request(request.get_method(), request.selector, request.data, headers)
+                return Reply(connection, connection.getresponse(), functools.partial(self._give, place))
+            except (http.client.RemoteDisconnected, ConnectionError):
+                connection.close()
+                if not reused:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+
+    def _take(self, place: Tuple) -> Any:
+        while True:
+            with self._lock:
+                connection, since = self._idle[place].pop() if self._idle.get(place) else (None, 0.0)
+            if connection is None:
+                return None
+            if time.monotonic() - since < self.IDLE_SECONDS and not is_ready(connection.sock):
+                return connection
+            connection.close()
+
+    def _give(self, place: Tuple, connection: Any) -> None:
+        with self._lock:
+            idle = self._idle.setdefault(place, [])
+            expired = [c for c, since in idle if time.monotonic() - since >= self.IDLE_SECONDS]
+            idle[:] = [(c, since) for c, since in idle if c not in expired]
+            if len(idle) < self.IDLE_LIMIT:
+                idle.append((connection, time.monotonic()))
+                connection = None
+        for useless in expired + ([connection] if connection else []):
+            useless.close()
+
+    def close_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, {}
+        for connections in idle.values():
+            for connection, _ in connections:
+                connection.close()
+
+
+class Reply:
+    """One upstream response; its connection goes back to the pool when the body has been read."""
+
+    def __init__(self, connection: Any, response: http.client.HTTPResponse, give_back: Callable) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self._connection, self._response, self._give_back = connection, response, give_back
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body as it comes. Raises HTTPException if the connection ends before the body does."""
+        while True:
+            piece = self._response.read1(65536)
+            if not piece:
+                break
+            yield piece
+        if self._response.length:
+            raise http.client.IncompleteRead(b"", self._response.length)
+        self._finish()
+
+    def read(self, limit: int = 1 << 30) -> bytes:
+        body, size = [], 0
+        for piece in self.pieces():
+            body.append(piece)
+            size += len(piece)
+            if size > limit:
+                break
+        return b"".join(body)
+
+    def _finish(self) -> None:
+        connection, self._connection = self._connection, None
+        self._response.close()
+        if connection and self._response.will_close:
+            connection.close()
+        elif connection:
+            self._give_back(connection)
+
+    def close(self) -> None:
+        """Give up a body that was not read to its end."""
+        connection, self._connection = self._connection, None
+        if connection:
+            self._response.close()
+            connection.close()
+
+    def abort(self) -> None:
+        """Wake the thread that reads this reply, from another one."""
+        connection = self._connection
+        with contextlib.suppress(OSError, AttributeError):
+            connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
+    """Whether a socket can be read (or written) at once. poll, as select ends at 1024 descriptors."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if to_write else select.POLLIN)
+        return bool(poll.poll(0))
+    found = select.select([] if to_write else [sock], [sock] if to_write else [], [], 0)
+    return any(found)
+
+
+class Exchange:
+    """One client request on its way: what upstream needs of it, and what the log says of it."""
+
+    def __init__(self, request: Json, models: Sequence[str], translate: Callable[[str], Translation],
+                 stream: bool, client_key: str = "") -> None:
+        self.request, self.models, self.stream, self.client_key = request, list(models), stream, client_key
+        self.model = self.models[0]
+        self.translate = translate
+        self.translation = translate(self.model)
+        self.retries = 0
+        self.key_number = 0
+        self.gone = threading.Event()   # the client has left
+        self.reply: Optional[Reply] = None
+
+    def cancel(self) -> None:
+        self.gone.set()
+        if self.reply:
+            self.reply.abort()
+
+
+# What a 400 tells to leave out: (what it must say, name for the log, the change). Each is tried once.
+REPAIRS = (
+    (re.compile(r"(?i)thinking"), "thinkingConfig", without_thinking_config),
+    (re.compile(r"(?i)thought.?signature"), "thought signatures", with_dummy_signatures),
+    (re.compile(r"(?i)parameters_?json_?schema|too many states|nesting depth|function_declarations.*parameters"),
+     "JSON Schema", with_strict_tools),
+)
+_MODEL_MISSING = re.compile(r"(?i)models?\b.*\b(?:is|was) not found")
+_NO_JSON_SCHEMA = re.compile(r"(?i)unknown name \"?parameters_?json_?schema|parameters_?json_?schema.*cannot find field")
+
+
+class Gemini:
+    """The Gemini API as upstream: chunks of an answer to an Exchange.
+
+    Another upstream is a class with the same `chunks` that yields Gemini-shaped chunks.
+    """
+
+    REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
+    TOTAL_SECONDS = 120.0    # no new try is begun after this
+    LONGEST_WAIT = 10.0      # a longer retry delay is the client's to wait
+
+    def __init__(self, config: Config, metrics: Metrics) -> None:
+        self.keys = KeyRing(config.keys or ("",))
+        self._config, self._metrics = config, metrics
+        self._pool = ConnectionPool(config.gemini_api_base.startswith("https:"), config.request_timeout)
+        self._opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(), self._pool):
+            self._opener.add_handler(handler)
+        self._lock = threading.Lock()  # protects the three below
+        self._no_stream_until = 0.0
+        self._strict_tools = False
+        self._token = ""
+
+    def chunks(self, exchange: Exchange) -> Iterator[Json]:
+        """Yield the answer's chunks. What fails before the first one is repaired or tried again here;
+        after it, a failure is raised as ProxyError."""
+        started = time.monotonic()
+        body = self._body(exchange)
+        repaired: set = set()
+        failures = 0
+        while True:
+            last = exchange.stream and 0 < failures == self._config.max_retries
+            stream = exchange.stream and not last and time.monotonic() >= self._no_stream_until
+            attempt = self._attempt(exchange, body, stream)
+            try:
+                first = next(attempt, None)
+                break
+            except ProxyError as error:
+                change = self._repair(error, body, repaired)
+                if change is not None:
+                    body = change
+                elif self._next_key(error, exchange):
+                    pass
+                elif self._may_retry(error, failures, started):
+                    failures += 1
+                    self._wait(exchange, error, failures)
+                elif error.status in (404, 429, 529) and self._next_model(exchange):
+                    body, failures, repaired = self._body(exchange), 0, set()
+                else:
+                    raise
+                exchange.retries += 1
+                LOG.info("%s: asking again: %s", exchange.model, error.message)
+        if first is not None:
+            yield first
+            yield from attempt
+
+    def _body(self, exchange: Exchange) -> Json:
+        body = exchange.translation.body
+        return with_strict_tools(body) if self._strict_tools else body
+
+    def _repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
+        """The body changed as a 400 asks for, or None."""
+        for pattern, name, change in REPAIRS if error.status == 400 else ():
+            if name not in repaired and pattern.search(error.message):
+                repaired.add(name)
+                changed = change(body)
+                if changed != body:
+                    LOG.warning("Gemini refused the %s: sent again without", name)
+                    with self._lock:
+                        self._strict_tools |= bool(_NO_JSON_SCHEMA.search(error.message))
+                    return changed
+        return None
+
+    def _next_key(self, error: ProxyError, exchange: Exchange) -> bool:
+        """Rest the key that was refused or is at its limit; whether another one can be asked."""
+        if error.status not in (403, 429) or exchange.client_key:
+            return False
+        lasting = error.should_retry is False
+        seconds = 3600.0 if lasting else min(error.retry_after or 10.0, 3600.0)
+        return self.keys.rest(exchange.key_number, exchange.model, seconds)
+
+    def _may_retry(self, error: ProxyError, failures: int, started: float) -> bool:
+        """Only what may pass by itself: overload, faults, resets, short limits. Silence is not."""
+        short = error.status == 429 and error.should_retry is not False and (error.retry_after or 0) <= self.LONGEST_WAIT
+        return ((short or error.transient) and error.should_retry is not False
+                and failures < self._config.max_retries and time.monotonic() - started < self.TOTAL_SECONDS)
+
+    def _wait(self, exchange: Exchange, error: ProxyError, failures: int) -> None:
+        """Full jitter, https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/."""
+        seconds = error.retry_after or secrets.SystemRandom().uniform(0, min(8.0, 0.5 * 2 ** failures))
+        if exchange.gone.wait(seconds):
+            raise ConnectionAbortedError("the client has left")
+
+    def _next_model(self, exchange: Exchange) -> bool:
+        position = exchange.models.index(exchange.model) + 1
+        if position >= len(exchange.models):
+            return False
+        exchange.model = exchange.models[position]
+        exchange.translation = exchange.translate(exchange.model)
+        LOG.warning("falling back to %s", exchange.model)
+        return True
+
+    def _attempt(self, exchange: Exchange, body: Json, stream: bool) -> Iterator[Json]:
+        """One request: chunks of its answer, or ProxyError."""
+        if not stream:
+            yield from self._whole(exchange, body)
+            return
+        reply = self._post(exchange, body, "streamGenerateContent?alt=sse")
+        try:
+            if reply.status in (404, 405, 501):
+                refusal = reply.read(100000)
+                if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
+                    raise upstream_error(404, refusal, exchange.model)
+                chunks = self._whole(exchange, body)
+                first = next(chunks)
+                self._remember_no_stream()
+                yield first
+                return
+            self._check(reply, exchange)
+            if "event-stream" not in reply.headers.get("content-type", ""):
+                self._remember_no_stream()
+                value = parse_upstream(reply.read())
+                yield from value if isinstance(value, list) else [value]
+                return
+            yield from self._checked(chunks_from_sse(reply.pieces()), exchange)
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise broken(exc, exchange) from exc
+        finally:
+            reply.close()
+
+    def _remember_no_stream(self) -> None:
+        LOG.warning("the upstream does not stream: whole answers for the next %d s", self.REPLAY_SECONDS)
+        with self._lock:
+            self._no_stream_until = time.monotonic() + self.REPLAY_SECONDS
+
+    def _whole(self, exchange: Exchange, body: Json) -> Iterator[Json]:
+        reply = self._post(exchange, body, "generateContent")
+        try:
+            self._check(reply, exchange)
+            yield from self._checked([parse_upstream(reply.read())], exchange)
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise broken(exc, exchange) from exc
+        finally:
+            reply.close()
+
+    def _check(self, reply: Reply, exchange: Exchange) -> None:
+        if not 200 <= reply.status < 300:
+            if reply.status == 401:
+                self._token = ""
+            raise upstream_error(reply.status, reply.read(100000), exchange.model)
+
+    def _checked(self, chunks: Iterable[Any], exchange: Exchange) -> Iterator[Json]:
+        """Pass chunks on; an error object among them, in a 200, is raised."""
+        for chunk in chunks:
+            if isinstance(chunk, list) and len(chunk) == 1:
+                chunk = chunk[0]
+            if not isinstance(chunk, dict):
+                raise ValueError("not an object")
+            if "error" in chunk:
+                code = google_error(chunk).get("code")
+                raise upstream_error(code if isinstance(code, int) and code >= 400 else 500, chunk, exchange.model)
+            yield chunk
+
+    def _post(self, exchange: Exchange, body: Json, action: str) -> Reply:
+        """The only place that talks to the network."""
+        if exchange.gone.is_set():
+            raise ConnectionAbortedError("the client has left")
+        model = urllib.parse.quote(exchange.model, safe="/@")
+        url = "%s/%s:%s" % (self._config.gemini_api_base, model if "/" in model else "models/" + model, action)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity",
+                   "User-Agent": "claude_gemini_proxy/" + __version__}
+        headers.update(self._auth(exchange))
+        try:
+            reply = self._opener.open(urllib.request.Request(url, dump_json(body), headers), timeout=self._config.request_timeout)
+        except (OSError, http.client.HTTPException) as exc:
+            raise broken(exc, exchange) from exc
+        exchange.reply = reply
+        return reply
+
+    def _auth(self, exchange: Exchange) -> Dict[str, str]:
+        if self._config.gemini_token_command:
+            return {"Authorization": "Bearer " + self._command_token()}
+        key = exchange.client_key
+        if not key:
+            exchange.key_number = self.keys.acquire(exchange.model)
+            key = self.keys.key(exchange.key_number)
+        if self._config.gemini_auth_type == "bearer":
+            return {"Authorization": "Bearer " + key}
+        return {"x-goog-api-key": key}
+
+    def _command_token(self) -> str:
+        token = self._token
+        if not token:
+            try:
+                done = subprocess.run(shlex.split(self._config.gemini_token_command), stdout=subprocess.PIPE,
+                                      stdin=subprocess.DEVNULL, timeout=30, check=True)
+                token = done.stdout.decode().strip()
+            except (OSError, ValueError, subprocess.SubprocessError) as exc:
+                raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % type(exc).__name__, should_retry=False) from exc
+            with self._lock:
+                self._token = token
+        return token
+
+    def close(self) -> None:
+        self._pool.close_idle()
+
+
+def parse_upstream(raw: bytes) -> Any:
+    """An upstream body as JSON; ValueError, not a client's mistake, if it is none."""
+    try:
+        return parse_json(raw)
+    except ProxyError as exc:
+        raise ValueError(exc.message) from None
+
+
+def broken(exc: Exception, exchange: Exchange) -> ProxyError:
+    """A connection that failed, or an answer that is none -> ProxyError."""
+    reason = getattr(exc, "reason", None) or exc
+    if exchange.gone.is_set():
+        return ProxyError(499, "the client has left")
+    if isinstance(reason, socket.timeout):
+        return ProxyError(504, "Gemini was silent for too long (REQUEST_TIMEOUT).")
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE to your CA bundle."
+                          % reason.verify_message, should_retry=False)
+    if isinstance(reason, socket.gaierror):
+        return ProxyError(500, "The upstream's host name cannot be found (GEMINI_API_BASE, or HTTPS_PROXY): %s"
+                          % reason.strerror)
+    if isinstance(reason, ValueError):
+        return ProxyError(500, "Gemini's answer is not valid JSON: %s" % str(reason)[:200], transient=True)
+    return ProxyError(529, "The connection to Gemini broke: %s" % type(reason).__name__, transient=True)
+
+
+# ---- 11. Delivery (I/O) ---------------------------------------------------------------------
+
+def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retries: int,
+            emit: Callable[..., None]) -> None:
+    """Ask, and ask again while the answer is of no use; every step's events go through `emit`."""
+    for attempt in range(max_retries + 1):
+        if attempt:
+            LOG.info("%s: an empty or malformed answer (%s): asking again", exchange.model, emitter.finish_reason)
+            exchange.retries += 1
+            emitter.again()
+        for chunk in upstream.chunks(exchange):
+            emit(emitter.feed, chunk)
+        if not emitter.is_useless:
+            return
+
+
+class EventStream:
+    """An SSE answer to one client. The handler's thread emits events, the heartbeat's thread pings.
+
+    `200` and message_start leave with the first event, or with the first ping: until then a failure
+    can still be a real HTTP error.
+    """
+
+    THINKING_SECONDS = 100.0  # Claude Code 2.1.197 gives up after 300 s in which only pings came
+
+    def __init__(self, write: Callable[[bytes], Any], head: bytes, emitter: MessageEmitter,
+                 ping_seconds: float, chunked: bool) -> None:
+        self._lock = threading.Lock()  # protects all below and the emitter; held while writing
+        self._write, self._head, self._emitter = write, head, emitter
+        self._ping_seconds, self._chunked = ping_seconds, chunked
+        self.committed = False
+        self.first_event_at = 0.0
+        self._closed = False
+        self._last_write = self._last_event = time.monotonic()
+
+    def emit(self, step: Callable[..., List[Json]], *args: Any) -> None:
+        """Send the events of one step of the emitter, in one write."""
+        with self._lock:
+            frames = [sse_frame(event) for event in step(*args)]
+            if frames:
+                self._last_event = time.monotonic()
+                self._send(b"".join(frames))
+
+    def end(self, step: Callable[..., List[Json]]) -> None:
+        """Send the last events and the end of the body; no ping can follow."""
+        with self._lock:
+            self._closed = True
+            self._send(b"".join([sse_frame(event) for event in step()]), b"0\r\n\r\n")
+
+    def fail(self, error: ProxyError, request_id: str) -> None:
+        """Tell of a failure in the middle of the stream: it must not look like an end."""
+        with self._lock:
+            self._closed = True
+            self._send(error_frame(error, request_id), b"0\r\n\r\n")
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+
+    def beat(self, now: float) -> None:
+        """Ping if the client has heard nothing for a while. Never waits: others are due, too."""
+        if now - self._last_write < self._ping_seconds or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._closed:
+                return
+            alive = b""
+            if now - self._last_event >= self.THINKING_SECONDS:
+                alive = b"".join([sse_frame(event) for event in self._emitter.keep_alive()])
+                self._last_event = now
+            self._send(alive + PING)
+        finally:
+            self._lock.release()
+
+    def _send(self, frames: bytes, end: bytes = b"") -> None:
+        if not self.committed:
+            self.committed = True
+            self.first_event_at = time.monotonic()
+            frames = b"".join([sse_frame(event) for event in self._emitter.start()]) + frames
+            head = self._head
+        else:
+            head = b""
+        if self._chunked:
+            frames = b"%x\r\n%s\r\n%s" % (len(frames), frames, end)
+        self._last_write = time.monotonic()
+        self._write(head + frames)
+
+
+class Heartbeat:
+    """One thread for all answers under way: pings quiet streams, and sees clients that have left."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock = threading.Lock()  # protects _watched
+        self._watched: Dict[Exchange, Tuple[socket.socket, Optional[EventStream]]] = {}
+        self._stopped = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+
+    @contextlib.contextmanager
+    def watching(self, exchange: Exchange, client: socket.socket, stream: Optional[EventStream] = None) -> Iterator[None]:
+        with self._lock:
+            self._watched[exchange] = (client, stream)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+                self._thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._watched[exchange]
+            if stream:
+                stream.close()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread:
+            self._thread.join(5)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            with self._lock:
+                watched = list(self._watched.items())
+            now = time.monotonic()
+            for exchange, (client, stream) in watched:
+                try:
+                    if is_ready(client) and not client.recv(1, socket.MSG_PEEK):
+                        exchange.cancel()
+                    elif stream and is_ready(client, to_write=True):
+                        stream.beat(now)
+                except (OSError, ValueError):  # closed under our hands
+                    exchange.cancel()
+
+
+# ---- 12. HTTP front end (I/O) ---------------------------------------------------------------
+
+class ProxyServer(ThreadingHTTPServer):
+    """A thread for each connection; the shared objects that handlers use hang here."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+    def __init__(self, config: Config, upstream: Any = None) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
+                                         config.signature_cache_bytes)
+        self.upstream = upstream or Gemini(config, self.metrics)
+        self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
+        self.started = time.time()
+        self.active = 0
+        self._active_lock = threading.Lock()  # protects active
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        super().__init__((config.host, config.port), ProxyHandler)
+
+    def server_bind(self) -> None:
+        """Without HTTPServer's look-up of the host's name, which can take seconds."""
+        if self.allow_reuse_address and os.name == "posix":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        host = self.server_name
+        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._active_lock:
+            free = self.active < self.config.max_connections
+            self.active += free
+        if free:
+            super().process_request(request, client_address)
+            return
+        error = ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)." % self.config.max_connections,
+                           retry_after=2)
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(http_response(529, dump_json(error.body(new_id("req_"))), error.headers(), close=True))
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._active_lock:
+                self.active -= 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
+            LOG.exception("a connection failed")
+
+    def server_close(self) -> None:
+        super().server_close()
+        self.heartbeat.stop()
+        self.upstream.close()
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id. The client merges answers that share one, so it must differ over restarts, too."""
+    return prefix + secrets.token_hex(12)
+
+
+def http_response(status: int, body: bytes, headers: Mapping[str, str], close: bool = False,
+                  content_type: str = "application/json", send_body: bool = True) -> bytes:
+    """Head and body as one piece: written apart, Nagle's algorithm and delayed ACKs add 40 ms."""
+    lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Overloaded")),
+             "Server: claude_gemini_proxy/" + __version__, "Content-Type: " + content_type,
+             "Content-Length: %d" % len(body)]
+    lines += ["%s: %s" % item for item in headers.items()]
+    lines += ["Connection: close"] if close else []
+    return "\r\n".join(lines + ["", ""]).encode("latin-1") + (body if send_body else b"")
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    """One client connection; the base class reads request lines and headers."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    timeout = 120  # seconds a client may be silent, or not take what is sent to it
+    server: ProxyServer
+
+    def route(self) -> None:
+        """Answer one request; whatever goes wrong is told in Anthropic's form."""
+        self.request_id = new_id("req_")
+        self.body_read = False
+        self.stream: Optional[EventStream] = None
+        try:
+            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).rstrip("/") or "/"
+            methods = ROUTES.get(path) or (MODEL_ROUTE if path.startswith("/v1/models/") else None)
+            if self.command == "HEAD":
+                self.respond(200 if methods else 404, b"")
+                return
+            if methods is None:
+                raise ProxyError(404, "%s is not an address of this proxy; it serves /v1/messages" % path[:200])
+            if self.command not in methods:
+                raise ProxyError(405, "%s takes %s, not %s" % (path, " or ".join(methods), self.command))
+            if path not in OPEN_PATHS:
+                self.authorize()
+            methods[self.command](self, path)
+        except ProxyError as error:
+            self.respond_error(error)
+        except (ConnectionError, socket.timeout):
+            self.close_connection = True
+        except Exception:
+            LOG.exception("%s failed inside", self.request_id)
+            self.respond_error(ProxyError(500, "The proxy failed inside; its log says where (%s)." % self.request_id))
+
+    do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = route
+
+    def authorize(self) -> None:
+        """Compare the front token in constant time; either header will do, clients send both."""
+        token = self.server.config.proxy_auth_token
+        given = self.given_tokens()
+        if token and not any([hmac.compare_digest(each.encode("utf-8", "replace"), token.encode()) for each in given]):
+            raise ProxyError(401, "This proxy wants its PROXY_AUTH_TOKEN as x-api-key or as Authorization: Bearer.",
+                             should_retry=False)
+
+    def given_tokens(self) -> List[str]:
+        bearer = self.headers.get("authorization") or ""
+        return [self.headers.get("x-api-key") or "", bearer[7:].strip() if bearer[:7].lower() == "bearer " else ""]
+
+    def client_key(self) -> str:
+        """With CLIENT_KEYS: the client's own Gemini key, beside the front token if there is one."""
+        config = self.server.config
+        if not config.client_keys:
+            return ""
+        keys = [key for key in self.given_tokens() if key and key != config.proxy_auth_token]
+        if not keys:
+            raise ProxyError(401, "This proxy wants your own Gemini key as x-api-key or as Authorization: Bearer.",
+                             should_retry=False)
+        return keys[0]
+
+    def read_body(self) -> bytes:
+        """The request's body, counted or chunked. Raises ProxyError; the connection then closes."""
+        lengths = self.headers.get_all("content-length") or []
+        codings = self.headers.get_all("transfer-encoding") or []
+        limit = self.server.config.max_body_bytes
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ProxyError(415, "Content-Encoding: send the body as it is, not compressed.")
+        if codings:
+            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
+                raise invalid("Transfer-Encoding: must be chunked, alone and without Content-Length.")
+            body = self.read_chunked(limit)
+        else:
+            if not lengths:
+                raise ProxyError(411, "Content-Length: a request body is needed.")
+            if len(lengths) > 1 or not re.match(r"\d{1,15}$", lengths[0].strip()):
+                raise invalid("Content-Length: must be one whole number.")
+            size = int(lengths[0])
+            if size > limit:
+                raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)." % (size, limit))
+            body = self.rfile.read(size)
+            if len(body) < size:
+                raise ConnectionAbortedError("the client left within its body")
+        self.body_read = True
+        return body
+
+    def read_chunked(self, limit: int) -> bytes:
+        pieces: List[bytes] = []
+        total = 0
+        while True:
+            size_line = self.rfile.readline(1000)
+            size = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n$", size_line)
+            if not size:
+                raise invalid("Transfer-Encoding: a chunk's size is not a hexadecimal number.")
+            length = int(size.group(1), 16)
+            total += length
+            if total > limit:
+                raise ProxyError(413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)." % limit)
+            if not length:
+                break
+            pieces.append(self.rfile.read(length))
+            if len(pieces[-1]) < length or self.rfile.read(2) != b"\r\n":
+                raise invalid("Transfer-Encoding: a chunk is shorter or longer than it says.")
+        for _ in range(100):  # trailers
+            if self.rfile.readline(8000) in (b"\r\n", b"\n", b""):
+                break
+        return b"".join(pieces)
+
+    def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
+                content_type: str = "application/json") -> None:
+        """Send an answer. A body that was not read is what the next request would be taken from."""
+        unread = not self.body_read and (self.headers.get("content-length", "0") != "0"
+                                         or "transfer-encoding" in self.headers)
+        self.close_connection = self.close_connection or unread
+        data = http_response(status, body, dict(headers, **{"request-id": self.request_id}), self.close_connection,
+                             content_type, self.command != "HEAD")
+        self.wfile.write(data)
+        if unread:
+            self.drain()
+
+    def drain(self) -> None:
+        """Take a little more of a refused body: closing at once would reset the answer away."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(1)
+            deadline = time.monotonic() + 2
+            left = 4 << 20
+            while left > 0 and time.monotonic() < deadline:
+                piece = self.rfile.read1(65536)
+                if not piece:
+                    break
+                left -= len(piece)
+
+    def respond_json(self, value: Any) -> None:
+        self.respond(200, dump_json(value))
+
+    def respond_error(self, error: ProxyError) -> None:
+        self.server.metrics.add("errors_total", status=str(error.status))
+        LOG.warning("%s %s: %d %s", self.request_id, self.command, error.status, error.message)
+        try:
+            if self.stream and self.stream.committed:
+                self.close_connection = True
+                self.stream.fail(error, self.request_id)
+            else:
+                self.respond(error.status, dump_json(error.body(self.request_id)), error.headers())
+        except (ConnectionError, socket.timeout):
+            self.close_connection = True
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """What the base class finds wrong with a request line or header."""
+        self.request_id = new_id("req_")
+        self.close_connection = True
+        status = {501: 405, 505: 400, 414: 413, 431: 413}.get(code, code)
+        error = ProxyError(status, "Bad HTTP request: %s" % str(message or http.client.responses.get(code))[:200])
+        with contextlib.suppress(OSError):
+            self.wfile.write(http_response(error.status, dump_json(error.body(self.request_id)),
+                                           {"request-id": self.request_id}, close=True))
+            self.body_read = True
+            self.drain()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        LOG.debug(format, *args)
+
+    def handle_messages(self, path: str) -> None:
+        """POST /v1/messages"""
+        started = time.monotonic()
+        server, config = self.server, self.server.config
+        request = check_request(parse_json(self.read_body()))
+        models = [resolve_model(request["model"], config)] + list(config.fallback_models)
+        translate = functools.partial(to_gemini, request, config=config, lookup=server.signatures.get)
+        exchange = Exchange(request, models, translate, bool(request.get("stream")) and config.stream_mode == "live",
+                            self.client_key())
+        for note in exchange.translation.notes:
+            LOG.warning("%s %s", self.request_id, note)
+        for kind, count in exchange.translation.signatures.items():
+            server.metrics.add("signatures_total", count, kind=kind)
+        if config.debug:
+            LOG.debug("%s client: %s", self.request_id, shown_body(request))
+            LOG.debug("%s upstream: %s", self.request_id, shown_body(exchange.translation.body))
+        emitter = MessageEmitter(request["model"], new_id, server.signatures.put, exchange.translation,
+                                 estimate_tokens(exchange.translation), bool(request.get("context_management")))
+        try:
+            if request.get("stream"):
+                self.stream_answer(exchange, emitter)
+            else:
+                self.whole_answer(exchange, emitter)
+        finally:
+            self.log_exchange(exchange, emitter, started)
+
+    def stream_answer(self, exchange: Exchange, emitter: MessageEmitter) -> None:
+        chunked = self.request_version == "HTTP/1.1"
+        head = ["HTTP/1.1 200 OK", "Server: claude_gemini_proxy/" + __version__,
+                "Content-Type: text/event-stream; charset=utf-8", "Cache-Control: no-cache",
+                "X-Accel-Buffering: no", "request-id: " + self.request_id]
+        head += ["Transfer-Encoding: chunked"] if chunked else ["Connection: close"]
+        self.close_connection = self.close_connection or not chunked
+        stream = self.stream = EventStream(self.wfile.write, "\r\n".join(head + ["", ""]).encode("ascii"), emitter,
+                                           self.server.config.ping_interval, chunked)
+        with self.server.heartbeat.watching(exchange, self.connection, stream):
+            deliver(self.server.upstream, exchange, emitter, self.server.config.max_retries, stream.emit)
+            stream.end(emitter.finish)
+
+    def whole_answer(self, exchange: Exchange, emitter: MessageEmitter) -> None:
+        events: List[Json] = emitter.start()
+        with self.server.heartbeat.watching(exchange, self.connection):
+            deliver(self.server.upstream, exchange, emitter, self.server.config.max_retries,
+                    lambda step, *args: events.extend(step(*args)))
+        events += emitter.finish()
+        self.respond_json(message_from_events(events))
+
+    def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float) -> None:
+        usage = emitter.usage
+        LOG.info("%s %s -> %s %s in %s (cached %s) out %s (thoughts %s) %.0f ms%s", self.request_id,
+                 exchange.request["model"], exchange.model, emitter.finish_reason or "-",
+                 usage.get("promptTokenCount", 0), usage.get("cachedContentTokenCount", 0),
+                 usage.get("candidatesTokenCount", 0), usage.get("thoughtsTokenCount", 0),
+                 (time.monotonic() - started) * 1000, ", %d retries" % exchange.retries if exchange.retries else "")
+        metrics = self.server.metrics
+        metrics.add("requests_total", model=exchange.model)
+        metrics.add("retries_total", exchange.retries)
+        for name, kind in (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
+                           ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought")):
+            value = usage.get(name)
+            metrics.add("tokens_total", value if isinstance(value, int) else 0, kind=kind, model=exchange.model)
+
+    def handle_count_tokens(self, path: str) -> None:
+        """POST /v1/messages/count_tokens, by a local estimate: clients send dozens at once."""
+        request = check_request(parse_json(self.read_body()))
+        model = resolve_model(request["model"], self.server.config)
+        translation = to_gemini(request, model, self.server.config)
+        self.respond_json({"input_tokens": estimate_tokens(translation)})
+
+    def handle_models(self, path: str) -> None:
+        """GET /v1/models, with limit, after_id and before_id"""
+        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        listed = model_list()
+        ids = [model["id"] for model in listed]
+        after, before = query.get("after_id", [""])[0], query.get("before_id", [""])[0]
+        start = ids.index(after) + 1 if after in ids else 0
+        end = ids.index(before) if before in ids else len(ids)
+        limit = query.get("limit", ["20"])[0]
+        if not re.match(r"\d{1,4}$", limit) or not 1 <= int(limit) <= 1000:
+            raise invalid("limit: must be a number from 1 to 1000")
+        page = listed[start:end][:int(limit)] if not before else listed[start:end][-int(limit):]
+        self.respond_json({"data": page, "first_id": page[0]["id"] if page else None,
+                           "last_id": page[-1]["id"] if page else None, "has_more": len(page) < end - start})
+
+    def handle_model(self, path: str) -> None:
+        """GET /v1/models/{id}: any name that would be answered has a description"""
+        wanted = path[len("/v1/models/"):]
+        resolve_model(wanted, self.server.config)
+        found = [model for model in model_list() if model["id"] == wanted]
+        self.respond_json(found[0] if found else model_entry(wanted, wanted, "2026-01-01"))
+
+    def handle_health(self, path: str) -> None:
+        self.respond_json({"status": "ok", "version": __version__})
+
+    def handle_quiet(self, path: str) -> None:
+        if self.command == "POST":
+            self.read_body()
+        self.respond_json({})
+
+    def handle_metrics(self, path: str) -> None:
+        entries, size = self.server.signatures.size()
+        gauges = {"signature_cache_entries": entries, "signature_cache_bytes": size,
+                  "connections": self.server.active, "uptime_seconds": time.time() - self.server.started}
+        self.respond(200, self.server.metrics.render(gauges).encode(), content_type="text/plain; version=0.0.4")
+
+    def handle_status(self, path: str) -> None:
+        """GET /: what runs here, for people and scripts; no secret in it"""
+        config = self.server.config
+        settings = {row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
+                    if not row.metadata.get("secret")}
+        entries, size = self.server.signatures.size()
+        self.respond_json({
+            "name": "claude_gemini_proxy", "version": __version__, "settings": settings,
+            "keys": len(config.keys), "models": {name: resolve_model("claude-" + name, config)
+                                                 for name in ("opus", "sonnet", "haiku")},
+            "signatures": {"entries": entries, "bytes": size},
+            "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
+                         for (name, labels), value in sorted(self.server.metrics.snapshot().items())}})
+
+    def handle_test_connection(self, path: str) -> None:
+        """GET /test-connection: one small real answer"""
+        model = resolve_model("claude-haiku", self.server.config)
+        request = {"model": model, "max_tokens": 16, "messages": [{"role": "user", "content": "Say ok."}]}
+        translate = functools.partial(to_gemini, request, config=self.server.config)
+        exchange = Exchange(request, [model], translate, False, self.client_key())
+        started = time.monotonic()
+        emitter = MessageEmitter(model, new_id, lambda key, signature: None, exchange.translation)
+        message = message_from_events(events_from_gemini(self.server.upstream.chunks(exchange), emitter))
+        self.respond_json({"status": "ok", "model": model, "milliseconds": round((time.monotonic() - started) * 1000),
+                           "answer": "".join(b.get("text", "") for b in message["content"])[:100]})
+
+
+ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = MappingProxyType({
+    "/v1/messages": {"POST": ProxyHandler.handle_messages},
+    "/v1/messages/count_tokens": {"POST": ProxyHandler.handle_count_tokens},
+    "/v1/models": {"GET": ProxyHandler.handle_models},
+    "/health": {"GET": ProxyHandler.handle_health},
+    "/metrics": {"GET": ProxyHandler.handle_metrics},
+    "/test-connection": {"GET": ProxyHandler.handle_test_connection},
+    "/": {"GET": ProxyHandler.handle_status},
+    "/api/hello": {"GET": ProxyHandler.handle_quiet},
+    "/api/event_logging/batch": {"POST": ProxyHandler.handle_quiet},
+})
+MODEL_ROUTE = MappingProxyType({"GET": ProxyHandler.handle_model})
+OPEN_PATHS = frozenset({"/health"})
+
+
+def model_entry(id_: str, display_name: str, created: str) -> Json:
+    """A model as /v1/models describes it, https://docs.claude.com/en/api/models (read 2026-11-20)."""
+    return {"type": "model", "id": id_, "display_name": display_name, "created_at": created + "T00:00:00Z",
+            "max_input_tokens": INPUT_LIMIT, "max_tokens": OUTPUT_LIMIT}
+
+
+def model_list() -> List[Json]:
+    """Every model twice: by its own id, and as claude-<id>, which Claude Code's /model picker shows."""
+    return [model_entry(prefix + id_, name, created) for id_, name, created in LISTED_MODELS
+            for prefix in ("claude-", "")]
+
+
+def estimate_tokens(translation: Translation) -> int:
+    """Input tokens of a request, roughly: four characters of JSON each, and 258 for a medium."""
+    media = 258 if translation.media_bytes else 0
+    return max(1, (len(json.dumps(translation.body)) - translation.media_bytes) // 4 + media)
+
+
+_SECRET_FIELDS = re.compile(r"(?i)(AIza|AQ\.)[\w.-]{10,}|\b(sk|key)-[\w-]{10,}")
+
+
+def shown_body(body: Json) -> str:
+    """A body for the log: cut, and without anything that looks like a key."""
+    text = json.dumps(body)
+    text = text if len(text) <= 4000 else "%s ... (%d more) ... %s" % (text[:2500], len(text) - 4000, text[-1500:])
+    return _SECRET_FIELDS.sub("[redacted]", text)
+
+
+# ---- 13. Program ----------------------------------------------------------------------------
+
+class DemoModel:
+    """An offline stand-in for Gemini: answers in text, and runs a command that the user asks for.
+
+    Signs its calls like Gemini 3, and refuses a history in which a signature is not its own.
+    """
+
+    def chunks(self, exchange: Exchange) -> Iterator[Json]:
+        body = exchange.translation.body
+        contents = body["contents"]
+        self._check_signatures(contents)
+        last = contents[-1]["parts"]
+        text = next((p["text"] for p in reversed(last) if p.get("text") and not p["text"].startswith("<system-reminder>")), "")
+        functions = [f for tool in body.get("tools", ()) for f in tool.get("functionDeclarations", ())]
+        runner = next((f for f in functions if "command" in f["parametersJsonSchema"].get("properties", {})), None)
+        command = re.search(r"`([^`\n]+)`", text) or re.search(
+            r"(?i)\b(?:run|execute)\b(?: the)?(?: shell| bash)?(?: command)?:?\s+(.+)", text)
+        results = [p["functionResponse"]["response"] for p in last if "functionResponse" in p]
+        if results:
+            parts = [{"text": "The command answered:\n\n%s" % str(next(iter(results[-1].values()), ""))}]
+        elif runner and command:
+            args = {"command": command.group(1).strip()}
+            if "description" in runner["parametersJsonSchema"]["properties"]:
+                args["description"] = "Run what the user asked for"
+            parts = [{"functionCall": {"id": new_id("call_"), "name": runner["name"], "args": args},
+                      "thoughtSignature": self._sign(runner["name"], args)}]
+        else:
+            parts = [{"text": "This is the built-in demo model of claude_gemini_proxy: "},
+                      {"text": "no key, no network. You said: %s" % text[:200]}]
+        if body["generationConfig"].get("thinkingConfig", {}).get("includeThoughts"):
+            parts.insert(0, {"text": "**Reading the request**\n\nThe demo model looks for a command to run.", "thought": True})
+        counts = {"promptTokenCount": len(json.dumps(contents)) // 4, "candidatesTokenCount": len(json.dumps(parts)) // 4}
+        for i, part in enumerate(parts):
+            candidate: Json = {"content": {"role": "model", "parts": [part]}, "index": 0}
+            if i == len(parts) - 1:
+                candidate["finishReason"] = "STOP"
+            yield {"candidates": [candidate], "usageMetadata": counts}
+
+    def _check_signatures(self, contents: Sequence[Json]) -> None:
+        for content in contents:
+            for part in content["parts"]:
+                call, signature = part.get("functionCall"), part.get("thoughtSignature")
+                if call and signature and signature not in (self._sign(call["name"], call["args"]), DUMMY_SIGNATURE):
+                    raise ProxyError(400, "Invalid thought signature.")
+
+    def _sign(self, name: str, args: Json) -> str:
+        digest = hashlib.sha256(json.dumps([name, args], sort_keys=True).encode()).digest()
+        return base64.b64encode(b"demo" + digest).decode("ascii")
+
+    def close(self) -> None:
+        pass
+
+
+def make_server(config: Config, upstream: Any = None) -> ProxyServer:
+    """A bound server that is ready for serve_forever(); server_close() ends it. For vendored copies."""
+    return ProxyServer(config, upstream)
+
+
+def client_environment(url: str, token: str, environ: Mapping[str, str]) -> Dict[str, str]:
+    """What a client needs in its environment; what the user has set there wins."""
+    wanted = {"CLAUDE_CODE_ATTRIBUTION_HEADER": "0", "ENABLE_TOOL_SEARCH": "true",
+              "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1",
+              "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(INPUT_LIMIT), "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "60000"}
+    wanted = {name: environ.get(name) or value for name, value in wanted.items()}
+    no_proxy = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
+    wanted["NO_PROXY"] = ",".join(filter(None, [no_proxy, "127.0.0.1", "localhost"]))
+    return dict(wanted, ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN=token)
+
+
+def export_lines(values: Mapping[str, str], shell: str) -> str:
+    """Assignments for sh, fish or PowerShell."""
+    if shell == "fish":
+        return "\n".join("set -gx %s %s" % (k, shlex.quote(v)) for k, v in values.items())
+    if shell == "powershell":
+        return "\n".join("$env:%s = '%s'" % (k, v.replace("'", "''")) for k, v in values.items())
+    return "\n".join("export %s=%s" % (k, shlex.quote(v)) for k, v in values.items())
+
+
+def serve(server: ProxyServer, demo: bool) -> int:
+    config = server.config
+    LOG.info("claude_gemini_proxy %s on %s, %s, %s", __version__, server.url,
+             "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config), resolve_model("claude-haiku", config)),
+             config.stream_mode)
+    signal.signal(signal.SIGTERM, lambda number, frame: threading.Thread(target=server.shutdown).start())
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        server.server_close()
+    return 0
+
+
+def run_client(server: ProxyServer, command: Sequence[str]) -> int:
+    """Serve in this process while a client runs in an environment made for it; -> its exit status."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    values = client_environment(server.url, server.config.proxy_auth_token, os.environ)
+    environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
+    for number in (signal.SIGINT, signal.SIGQUIT):  # the terminal sends them to the client, too
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        child = subprocess.Popen(list(command), env=dict(environ, **values),
+                                 preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGQUIT)])
+    except OSError as exc:
+        print("%s: %s" % (command[0], exc.strerror), file=sys.stderr)
+        return 127
+    signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
+    status = child.wait()
+    server.shutdown()
+    server.server_close()
+    return 128 - status if status < 0 else status
+
+
+def check_setup(server: ProxyServer) -> int:
+    """Prove, step by step, that an answer and a signed tool round trip work; 0 if all do."""
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = server.config
+    model = resolve_model("claude-sonnet", config)
+    tool = {"name": "get_time", "description": "Tells the time of a city.", "input_schema": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+    request: Json = {"model": "claude-sonnet", "max_tokens": 2000, "stream": False,
+                     "messages": [{"role": "user", "content": "Say ok."}]}
+    failed = 0
+
+    def step(name: str, body: Json, test: Callable[[Json], bool]) -> Json:
+        nonlocal failed
+        try:
+            answer = ask(server, body)
+            problem = "" if test(answer) else "unexpected answer: %s" % json.dumps(answer["content"])[:200]
+        except ProxyError as error:
+            answer, problem = {}, error.message
+        failed += bool(problem)
+        print("%s %s%s" % ("FAIL" if problem else "ok  ", name, ": " + problem if problem else ""))
+        return answer
+
+    for tier in ("opus", "sonnet", "haiku"):
+        step("%s -> %s answers" % (tier, resolve_model("claude-" + tier, config)), dict(request, model="claude-" + tier),
+             lambda answer: bool(answer["content"]))
+    ask_tool = dict(request, tools=[tool], tool_choice={"type": "any"}, thinking={"type": "adaptive"},
+                    messages=[{"role": "user", "content": "What time is it in Rome? Use the tool."}])
+    answer = step("%s calls a tool" % model, ask_tool, lambda answer: answer["stop_reason"] == "tool_use")
+    if answer.get("stop_reason") == "tool_use":
+        results = [{"type": "tool_result", "tool_use_id": b["id"], "content": "12:34"}
+                   for b in answer["content"] if b["type"] == "tool_use"]
+        step("its signed result is taken", dict(ask_tool, tool_choice={"type": "none"}, messages=ask_tool["messages"] + [
+            {"role": "assistant", "content": answer["content"]}, {"role": "user", "content": results}]),
+             lambda answer: bool(answer["content"]))
+    server.shutdown()
+    server.server_close()
+    return 1 if failed else 0
+
+
+def ask(server: ProxyServer, body: Json) -> Json:
+    """Send a Messages request to our own server, as a client would; ProxyError if it is refused."""
+    connection = http.client.HTTPConnection(server.server_name, server.server_port, timeout=300)
+    connection.request("POST", "/v1/messages", dump_json(body), {
+        "Content-Type": "application/json", "x-api-key": server.config.proxy_auth_token or "local"})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    connection.close()
+    if response.status != 200:
+        raise ProxyError(response.status, answer["error"]["message"])
+    return answer
+
+
+NO_KEY = """No Gemini key. Either
+  export GEMINI_API_KEY=...   (a free one: https://aistudio.google.com/apikey)
+  or try the built-in offline model:  python3 claude_gemini_proxy.py --demo"""
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    if sys.version_info < (3, 8):
+        print("claude_gemini_proxy needs Python 3.8 or newer", file=sys.stderr)
+        return 2
+    flags = vars(build_parser().parse_args(argv))
+    try:
+        with open(".env", encoding="utf-8") as file:
+            dotenv = parse_dotenv(file.read())
+    except (OSError, UnicodeDecodeError):
+        dotenv = {}
+    command = flags["command"]
+    try:
+        if command == "run":
+            flags = dict(flags, host="127.0.0.1", port="0")
+        config = load_config(flags, os.environ, dotenv)
+    except ValueError as exc:
+        print("claude_gemini_proxy: %s" % exc, file=sys.stderr)
+        return 2
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s",
+                        level="DEBUG" if config.debug else config.log_level.upper())
+    if command == "env":
+        url = "http://%s:%d" % ("[%s]" % config.host if ":" in config.host else config.host, config.port)
+        shell = (flags["arguments"] or ["sh"])[0]
+        print(export_lines(client_environment(url, config.proxy_auth_token or "local", os.environ), shell))
+        return 0
+    if not (config.keys or config.client_keys or config.gemini_token_command or flags["demo"]):
+        print(NO_KEY, file=sys.stderr)
+        return 2
+    if command == "run":
+        config = dataclasses.replace(config, proxy_auth_token=secrets.token_urlsafe(24), client_keys=False)
+        logging.getLogger().setLevel(logging.ERROR)
+    elif command == "check":
+        config = dataclasses.replace(config, port=0)
+        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        server = make_server(config, DemoModel() if flags["demo"] else None)
+    except OSError as exc:
+        print("claude_gemini_proxy: cannot listen on %s:%d: %s" % (config.host, config.port, exc.strerror), file=sys.stderr)
+        return 2
+    if command == "run":
+        return run_client(server, flags["arguments"] or ["claude"])
+    return check_setup(server) if command == "check" else serve(server, flags["demo"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

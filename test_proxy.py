@@ -1,0 +1,1729 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: MIT
+"""The tests of claude_gemini_proxy, and the Gemini they run against. Standard library only, no network, no key.
+
+    python3 test_proxy.py                 everything; -v and -k PATTERN as in unittest
+    python3 test_proxy.py bench           what the proxy adds to a request, in numbers
+    SEED=7 CASES=20000 python3 test_proxy.py Fuzz      repeat or prolong the fuzzing
+
+To add a case, add a row to REQUEST_CASES, SCHEMA_CASES, RESPONSE_CASES or ERROR_CASES. FakeGemini refuses what the
+real API refuses, in its words; a refusal that starts with "House rule" is about something that Google takes, or is
+not known to refuse, and that the proxy promises not to send. A reply of its script is one of
+
+    {...}                      one response object; with "error" in it, that error under its own status
+    [chunk, 0.5, chunk, ...]   what a stream sends: dict = chunk, number = seconds of silence, bytes = as they
+                               are, "cut" = early end, "reset" = TCP reset, "hang" = silence for good;
+                               generateContent sends the same chunks merged into one
+    (status, headers, body)    anything else, e.g. plain JSON at the stream endpoint
+"""
+import ast
+import base64
+import copy
+import dataclasses
+import http.client
+import importlib.util
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import unittest
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+sys.dont_write_bytecode = True
+import claude_gemini_proxy as proxy  # noqa: E402
+
+SEED = int(os.environ.get("SEED", "0"))
+CASES = int(os.environ.get("CASES", "1500"))
+
+# ---- 1. The form of a request ------------------------------------------------------------------------------
+# Message and fields; "*" a list, "{}" a map; kinds: a message, an enum A|B, str num int bool bytes, obj (any
+# object), json (anything). Source: generativelanguage v1beta, revision 20260413, and recorded requests.
+FIELDS = """
+GenerateContentRequest model:str contents*:Content systemInstruction:Content tools*:Tool toolConfig:ToolConfig
+ safetySettings*:SafetySetting generationConfig:GenerationConfig cachedContent:str store:bool labels:obj
+ continuationToken:bytes serviceTier:STANDARD|FLEX|PRIORITY
+CountTokensRequest contents*:Content generateContentRequest:GenerateContentRequest
+Content role:str parts*:Part
+Part text:str inlineData:Blob fileData:FileData functionCall:FunctionCall functionResponse:FunctionResponse
+ executableCode:obj codeExecutionResult:obj toolCall:obj toolResponse:obj thought:bool thoughtSignature:bytes
+ videoMetadata:obj partMetadata:obj mediaResolution:obj
+Blob mimeType:str data:bytes
+FileData mimeType:str fileUri:str
+FunctionCall id:str name:str args:obj
+FunctionResponse id:str name:str response:obj parts*:FunctionResponsePart scheduling:str willContinue:bool
+FunctionResponsePart inlineData:FunctionResponseBlob fileData:FileData
+FunctionResponseBlob mimeType:str data:bytes displayName:str
+Tool functionDeclarations*:FunctionDeclaration googleSearch:GoogleSearch urlContext:UrlContext googleMaps:obj
+ codeExecution:CodeExecution googleSearchRetrieval:obj computerUse:obj fileSearch:obj mcpServers*:obj
+GoogleSearch timeRangeFilter:obj searchTypes:obj
+UrlContext
+CodeExecution
+FunctionDeclaration name:str description:str parameters:Schema parametersJsonSchema:json response:Schema
+ responseJsonSchema:json behavior:BLOCKING|NON_BLOCKING
+ToolConfig functionCallingConfig:FunctionCallingConfig includeServerSideToolInvocations:bool retrievalConfig:obj
+FunctionCallingConfig mode:AUTO|ANY|NONE|VALIDATED allowedFunctionNames*:str
+SafetySetting category:json threshold:json
+GenerationConfig temperature:num topP:num topK:int candidateCount:int maxOutputTokens:int stopSequences*:str
+ presencePenalty:num frequencyPenalty:num seed:int responseLogprobs:bool logprobs:int responseMimeType:str
+ responseSchema:Schema responseJsonSchema:json responseFormat:json responseModalities*:str speechConfig:obj
+ mediaResolution:str thinkingConfig:ThinkingConfig imageConfig:obj enableEnhancedCivicAnswers:bool
+ThinkingConfig includeThoughts:bool thinkingBudget:int thinkingLevel:MINIMAL|LOW|MEDIUM|HIGH|XHIGH
+Schema type:STRING|NUMBER|INTEGER|BOOLEAN|ARRAY|OBJECT|NULL title:str description:str nullable:bool format:str
+ enum*:str default:json example:json items:Schema maxItems:int minItems:int properties{}:Schema required*:str
+ propertyOrdering*:str minProperties:int maxProperties:int minimum:num maximum:num minLength:int maxLength:int
+ pattern:str anyOf*:Schema
+""".replace("\n ", " ").strip()
+FIELDS = {line.split()[0]: dict(f.split(":") for f in line.split()[1:]) for line in FIELDS.split("\n")}
+PART_DATA = ("text inlineData fileData functionCall functionResponse executableCode codeExecutionResult toolCall"
+             " toolResponse").split()
+SCALARS = {"str": str, "num": (int, float), "int": (int, float, str), "bool": bool, "obj": dict, "bytes": str,
+           "json": object}
+
+
+class Refused(Exception):
+    """The request is broken; the text is what Google says with its 400."""
+
+
+def need(ok, text, *args):
+    if not ok:
+        raise Refused(re.sub(r"^\* ", "* GenerateContentRequest.", text % args))
+
+
+def snake(name):
+    return re.sub("[A-Z]", lambda m: "_" + m.group().lower(), name)
+
+
+def shaped(value, kind, path="", name=""):
+    """Read `value` as proto3 JSON does: a copy with camelCase names and capital enums, or Refused."""
+    where = (path + "." if path else "") + snake(name)
+    need(kind == "json" or not isinstance(value, list), "Invalid JSON payload received. Unknown name \"%s\" at '%s':"
+         " Proto field is not repeating, cannot start list.", snake(name), path)
+    if kind in FIELDS and isinstance(value, dict):
+        return {k: v for key in value for k, v in shaped_field(key, value[key], FIELDS[kind], where)}
+    ok = isinstance(value, SCALARS.get(kind, ())) and (kind not in ("num", "int") or not isinstance(value, bool))
+    if kind == "int":
+        ok = ok and re.match(r"-?\d{1,19}(\.0+)?$", str(value))
+        value = int(float(value)) if ok else value
+    elif kind == "bytes":  # Google's parser takes both alphabets, padded or not
+        ok = ok and re.match("[A-Za-z0-9+/_-]*={0,2}$", value) and len(value.rstrip("=")) % 4 != 1
+        need(ok, "Invalid value at '%s' (TYPE_BYTES), Base64 decoding failed for \"%.60s\"", where, value)
+    elif kind.isupper():
+        value = str(value).upper()
+        ok = value in kind.split("|")
+    need(ok, "Invalid value at '%s' (%s), %.60s", where, kind, json.dumps(value))
+    return value
+
+
+def shaped_field(key, value, fields, where):
+    """-> one pair, or nothing for null."""
+    name = re.sub("_([a-z0-9])", lambda m: m.group(1).upper(), key)
+    field = next((f for f in (name, name + "*", name + "{}") if f in fields), "")
+    need(field, "Invalid JSON payload received. Unknown name \"%s\" at '%s': Cannot find field.", key, where)
+    many = field[-1] in "*}" and value is not None
+    if many and field[-1] == "}":
+        need(isinstance(value, dict), "Invalid value at '%s.%s' (map)", where, snake(name))
+        value = {k: shaped(x, fields[field], where, "%s[%d].value" % (name, i)) for i, (k, x) in enumerate(value.items())}
+    elif many:
+        value = value if isinstance(value, list) else [value]
+        need(None not in value, "Invalid value at '%s.%s': null in a list", where, snake(name))
+        value = [shaped(x, fields[field], where, "%s[%d]" % (name, i)) for i, x in enumerate(value)]
+    if value is not None:
+        yield name, value if many else shaped(value, fields[field], where, name)
+
+
+# ---- 2. Its meaning ----------------------------------------------------------------------------------------
+DUMMIES = {"skip_thought_signature_validator", "context_engineering_is_the_way_to_go"}
+DUMMIES |= {base64.b64encode(d.encode()).decode() for d in DUMMIES}  # the form SDKs send
+ALIASES = {"gemini-flash-latest": "gemini-3.8-flash", "gemini-flash-lite-latest": "gemini-3.5-flash-lite",
+           "gemini-pro-latest": "gemini-3.1-pro-preview"}
+MODELS = ("gemini-4-argon gemini-3.8-flash gemini-3.7-flash gemini-3.6-flash gemini-3.5-flash gemini-3.5-flash-lite"
+          " gemini-3.1-flash-lite gemini-3.1-pro-preview gemini-3-flash-preview gemini-2.5-pro gemini-2.5-flash"
+          " gemini-2.5-flash-lite").split() + list(ALIASES)
+NO_MINIMAL = r"gemini-(4|3\.[78]|3\.1-pro)"
+BUDGETS = {"gemini-2.5-pro": (128, 32768), "gemini-2.5-flash": (1, 24576), "gemini-2.5-flash-lite": (512, 24576)}
+INLINE = r"image/(png|jpeg|webp|heic|heif)$|application/(pdf|json)$|text/.|audio/.|video/."
+IN_RESPONSE = r"(image/(png|jpeg|webp)|application/pdf|text/plain)$"
+NAME = r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}$"
+JSON_SCHEMA = set("type properties required items enum anyOf description title format minimum maximum minItems maxItems"
+                  " minLength maxLength minProperties maxProperties pattern default additionalProperties nullable".split())
+FORMATS = "date-time date time enum int32 int64 float double".split()
+BAD_NAME = ("* %s.name: Invalid function name. Must start with a letter or an underscore. Must be alphanumeric (a-z,"
+            " A-Z, 0-9), underscores (_), dots (.), colons (:), or dashes (-), with a maximum length of 64.")
+MISSING = ("Function call is missing a thought_signature in functionCall parts. This is required for tools to work"
+           " correctly, and missing thought_signature may lead to degraded model performance. Additional data, function"
+           " call `default_api:%s` , position %d. Please refer to"
+           " https://ai.google.dev/gemini-api/docs/thought-signatures for more details.")
+COUNT = ("Please ensure that the number of function response parts is equal to the number of function call parts of"
+         " the function call turn.")
+CALL_ORDER = ("Please ensure that function call turn comes immediately after a user turn or after a function response"
+              " turn.")
+RESPONSE_ORDER = "Please ensure that function response turn comes immediately after a function call turn."
+
+
+def refusal(body, model, issued=None, strict=True):
+    """-> None, or Google's message. `issued`: thought signature -> (name, args) of its call, None for a text's."""
+    try:
+        Check(model, issued, strict).request(shaped(body, "GenerateContentRequest"))
+    except Refused as e:
+        return str(e)
+    return None
+
+
+def count_refusal(body):
+    """countTokens looks at the form only."""
+    try:
+        inner = shaped(body, "CountTokensRequest").get("generateContentRequest", {"model": "models/"})
+        need(inner.get("model", "").startswith("models/"), "* model: unexpected model name format")
+    except Refused as e:
+        return str(e)
+    return None
+
+
+def same_call(call, name, args):
+    """The proxy may leave out nulls and "", and write 5 for "5"; Claude Code 2.1.329 writes é for \\u00e9."""
+    plain = [{k: str(v).lower() for k, v in (x or {}).items() if v not in (None, "")} for x in (call.get("args"), args)]
+    plain = [re.sub(r"\\+u([0-9a-f]{4})", lambda m: chr(int(m.group(1), 16)), str(sorted(x.items()))) for x in plain]
+    return call.get("name") == name and plain[0] == plain[1]
+
+
+class Check:
+    """Raises Refused for the first thing that is wrong."""
+
+    def __init__(self, model, issued, strict):
+        self.model, self.issued, self.strict = ALIASES.get(model, model), issued, strict
+        self.version = [int(n) for n in re.findall(r"\d+", self.model)[:2]]
+        self.new = self.version >= [3]
+
+    def house(self, ok, text, *args):
+        need(ok or not self.strict, "House rule: " + text, *args)
+
+    def request(self, r):
+        contents, tools = r.get("contents") or [], r.get("tools", [])
+        need(contents, "* contents: contents is not specified")
+        for p in r.get("systemInstruction", {}).get("parts", []):
+            need("text" in p, "* system_instruction: only text parts are supported")
+            self.house(p["text"], "empty text in systemInstruction")
+        for i, c in enumerate(contents):
+            need(c.get("role", "user") in ("user", "model"), "Please use a valid role: user, model.")
+            need(c.get("parts"), "* contents[%d].parts: contents.parts must not be empty.", i)
+            for j, p in enumerate(c["parts"]):
+                self.part(p, c.get("role"), "contents[%d].parts[%d]" % (i, j))
+        self.order(contents)
+        self.signatures(contents)
+        self.house("tools" not in r or tools, "empty tools")
+        names = [name for i, t in enumerate(tools) for name in self.tool(t, "tools[%d]" % i)]
+        need(len(names) == len(set(names)), "Duplicate function declaration found in %s", names)
+        self.tool_config(r.get("toolConfig", {}), names, any(set(t) - {"functionDeclarations"} for t in tools))
+        self.generation(r.get("generationConfig", {}), names)
+
+    def part(self, p, role, where):
+        data = [k for k in PART_DATA if k in p]
+        need(data, "* %s.data: required oneof field 'data' must have one initialized field", where)
+        need(len(data) == 1, "Invalid value at '%s' (oneof), oneof field 'data' is already set: %s", where, data)
+        self.house(p.get("text") != "" or "thoughtSignature" in p, "empty text at %s", where)
+        self.house(role == "model" or not p.get("thought") and "thoughtSignature" not in p, "a user's thought, %s", where)
+        kind, value = data[0], p[data[0]]
+        if kind in ("functionCall", "functionResponse"):
+            need(value.get("name"), "* %s.%s.name: Name cannot be empty.", where, snake(kind))
+            need(re.match(NAME, value["name"]), BAD_NAME, where + "." + snake(kind))
+            self.house((role == "model") == (kind == "functionCall"), "%s in the wrong role at %s", kind, where)
+            need(kind == "functionCall" or "response" in value, "* %s.function_response.response: missing", where)
+            need(self.new or not value.get("parts"), "Multimodal function responses are not supported for this model.")
+        blobs = [(INLINE, value)] if kind == "inlineData" else []
+        for x in value.get("parts", []) if kind == "functionResponse" else []:
+            blob = x.get("inlineData") or dict(x.get("fileData", {}), data="elsewhere")
+            blobs.append((IN_RESPONSE if self.strict else INLINE, blob))
+        for allowed, blob in blobs:
+            need(re.match(allowed, blob.get("mimeType", "")), "Unsupported MIME type: %s", blob.get("mimeType"))
+            need(blob.get("data"), "* %s.inline_data.data: must not be empty", where)
+
+    def order(self, contents):
+        calls_before, role_before = [], None
+        for i, c in enumerate(contents):
+            calls, answers = ([p[k] for p in c["parts"] if k in p] for k in ("functionCall", "functionResponse"))
+            need(not calls or role_before == "user", CALL_ORDER)
+            need(not answers or calls_before, RESPONSE_ORDER)
+            need(len(answers) == len(calls_before), COUNT)
+            self.house(c.get("role") == ("model" if role_before == "user" else "user"), "role of contents[%d]", i)
+            want, got = ([(x.get("id") if self.new else None, x["name"]) for x in y] for y in (calls_before, answers))
+            need(sorted(want, key=str) == sorted(got, key=str), "Function responses %s for the calls %s", got, want)
+            self.house(want == got, "function responses out of call order in contents[%d]", i)
+            first = c["parts"][:len(answers)]
+            self.house(all("functionResponse" in p for p in first), "text before responses in contents[%d]", i)
+            calls_before, role_before = calls, c.get("role", "user")
+        need(not self.new or role_before == "user", "Requests ending with a model turn are not supported.")
+        self.house(role_before == "user", "the last content is not the user's")
+
+    def signatures(self, contents):
+        """The current turn starts at the last user content with a text and without a function response."""
+        kinds = [(c.get("role", "user"), {k for p in c["parts"] for k in p}) for c in contents]
+        turns = [i for i, (r, k) in enumerate(kinds) if r == "user" and "text" in k and "functionResponse" not in k]
+        for i, c in enumerate(contents):
+            calls = [p for p in c["parts"] if "functionCall" in p]
+            if calls and self.new and i > max(turns + [-1]):
+                need(calls[0].get("thoughtSignature"), MISSING, calls[0]["functionCall"]["name"], i + 1)
+            for p in [p for p in c["parts"] if "thoughtSignature" in p]:
+                dummy, call = p["thoughtSignature"] in DUMMIES, p.get("functionCall")
+                self.house(not call or p is calls[0], "signature on a later call of a set, contents[%d]", i)
+                self.house(call or not dummy, "dummy signature on something that is no call, contents[%d]", i)
+                if self.issued is not None and not dummy:
+                    of = self.issued.get(p["thoughtSignature"].replace("-", "+").replace("_", "/"), ("unknown", {}))
+                    need(same_call(call or {}, *of) if of else not call, "Invalid thought signature.")
+
+    def tool(self, tool, where):
+        """-> the names that this tool declares."""
+        need(any(x or x == {} for x in tool.values()), "* %s.tool_type: required one_of 'tool_type' must have one"
+             " initialized field", where)
+        for i, f in enumerate(tool.get("functionDeclarations", [])):
+            at = "%s.function_declarations[%d]" % (where, i)
+            need(re.match(NAME, f.get("name", "")), BAD_NAME, at)
+            need(not {"parameters", "parametersJsonSchema"} <= set(f), "* %s: two kinds of parameters", at)
+            self.schema(f.get("parameters", {}), at + ".parameters")
+            if "parametersJsonSchema" in f:
+                self.json_schema(f["parametersJsonSchema"], f["name"])
+                self.house(f["parametersJsonSchema"].get("type") == "object", "schema of %s is no object's", f["name"])
+            yield f["name"]
+
+    def tool_config(self, config, names, built_in):
+        flag, calling = config.get("includeServerSideToolInvocations"), config.get("functionCallingConfig", {})
+        allowed, mode = calling.get("allowedFunctionNames", []), calling.get("mode", "AUTO")
+        need(not built_in or not names or self.new, "Tool use with function calling is unsupported")
+        need(not built_in or not names or flag, "Please enable tool_config.include_server_side_tool_invocations to use"
+             " Built-in tools with Function calling.")
+        need(not flag or self.new, "Tool call context circulation is not enabled")
+        need(names or mode in ("AUTO", "NONE"), "Function calling config is set without function_declarations.")
+        need(not allowed or mode in ("ANY", "VALIDATED"), "Allowed function names need the mode ANY or VALIDATED.")
+        need(set(allowed) <= set(names), "Allowed function names %s are not all declared.", allowed)
+
+    def schema(self, s, where):
+        """The Schema message; its form is checked already."""
+        kind, properties, enum = s.get("type"), s.get("properties", {}), s.get("enum", [])
+        need(kind != "ARRAY" or "items" in s, "* %s.items: missing field", where)
+        need(not enum or kind == "STRING", "* %s.enum: only allowed for STRING type", where)
+        need("" not in enum, "* %s.enum[%d]: cannot be empty", where, (enum + [""]).index(""))
+        need(kind != "STRING" or s.get("format", "enum") in ("enum", "date-time"), "* %s.format: only 'enum' and"
+             " 'date-time' are supported for STRING type", where)
+        for i, name in enumerate(s.get("required", [])):
+            need(name in properties, "* %s.required[%d]: property is not defined", where, i)
+        below = [("properties[%s]" % k, x) for k, x in properties.items()] + [("items", s.get("items", {}))] * ("items" in s)
+        for step, sub in below + [("any_of[%d]" % i, x) for i, x in enumerate(s.get("anyOf", []))]:
+            self.schema(sub, where + "." + step)
+
+    def json_schema(self, s, where, depth=1):
+        """House rules: the keywords of DESIGN.md 5. Google takes some more, and refuses some for no written reason."""
+        def have(ok, what):
+            self.house(ok, "schema of %s: %s in %.200s", where, what, s)
+        have(isinstance(s, dict) and depth <= 32, "no object, or too deep")
+        if not isinstance(s, dict):
+            return  # taken when not strict
+        kind, enum, properties, required = (s.get(k, d) for k, d in (
+            ("type", None), ("enum", ["x"]), ("properties", {}), ("required", [])))
+        have(set(s) <= JSON_SCHEMA, sorted(set(s) - JSON_SCHEMA))
+        have(kind in (None, "string", "number", "integer", "boolean", "array", "object", "null"), "type")
+        have(isinstance(enum, list) and enum and all(isinstance(x, str) and x for x in enum), "enum")
+        have("enum" not in s or kind in (None, "string"), "enum of no strings")
+        have(all(isinstance(s[k], str) for k in ("description", "title", "pattern", "format") if k in s), "text")
+        have(s.get("format", "enum") in FORMATS, "format")
+        for k, n in [(k, s[k]) for k in s if k[:3] in ("min", "max")]:
+            have(isinstance(n, (int, float)) and not isinstance(n, bool) and (k[3:] == "imum" or n == int(n) >= 0), k)
+        have(isinstance(properties, dict) and isinstance(required, list) and set(required) <= set(properties), "required")
+        have("anyOf" not in s or isinstance(s["anyOf"], list) and s["anyOf"], "anyOf")
+        below = list(properties.values()) + s.get("anyOf", []) + [s[k] for k in ("items",) if k in s]
+        for sub in below + [x for x in [s.get("additionalProperties", True)] if not isinstance(x, bool)]:
+            self.json_schema(sub, where, depth + 1)
+
+    def generation(self, g, functions):
+        top, stops = g.get("maxOutputTokens", 1), g.get("stopSequences", [])
+        need(1 <= top <= 65536, "Unable to submit request because it has a maxOutputTokens value of %d but the supported"
+             " range is from 1 (inclusive) to 65537 (exclusive). Update the value and try again.", top)
+        need(len(stops) <= 5 and all(stops), "* generation_config.stop_sequences: up to 5, not empty; got %s", stops)
+        need(0 <= g.get("temperature", 0) <= 2, "* generation_config.temperature: must be in the range [0.0, 2.0].")
+        need(0 <= g.get("topP", 0) <= 1, "* generation_config.top_p: must be in the range [0.0, 1.0].")
+        gone = {"frequencyPenalty", "presencePenalty", "candidateCount"} & set(g)
+        need(not gone or self.version < [3, 6], "%s not supported for this model.", gone)
+        as_json = g.get("responseMimeType") == "application/json"
+        need(as_json or not {"responseSchema", "responseJsonSchema"} & set(g), "* generation_config: a response schema"
+             " needs response_mime_type 'application/json'")
+        need(not as_json or not functions or self.new, "Function calling with a response mime type: 'application/json'"
+             " is unsupported")
+        self.schema(g.get("responseSchema", {}), "generation_config.response_schema")
+        self.json_schema(g.get("responseJsonSchema", {}), "responseJsonSchema")
+        level, budget = (g.get("thinkingConfig", {}).get(k) for k in ("thinkingLevel", "thinkingBudget"))
+        need(level is None or budget is None, "You can only set only one of thinking budget and thinking level.")
+        need(level is None or self.new, "Thinking level is not supported for this model.")
+        need(level != "XHIGH" and not (level == "MINIMAL" and re.match(NO_MINIMAL, self.model)), "Thinking level %s is"
+             " not supported for this model. Please retry with other thinking level.", level)
+        need(budget != 0 or self.model != "gemini-2.5-pro", "Budget 0 is invalid. This model only works in thinking mode.")
+        low, high = BUDGETS.get(self.model, (0, 65536))
+        need(budget in (None, 0, -1) or low <= budget <= high, "The thinking budget %s is invalid. Please choose a value"
+             " between %d and %d.", budget, low, high)
+        self.house(budget is None or not self.new, "thinkingBudget on %s", self.model)
+
+
+# ---- 3. Its answers ----------------------------------------------------------------------------------------
+def error_body(code, message, status="INVALID_ARGUMENT", **more):
+    return {"error": dict({"code": code, "message": message, "status": status}, **more)}
+
+
+NO_KEY = error_body(403, "Method doesn't allow unregistered callers (callers without established identity). Please use"
+                    " API Key or other form of API consumer identity to call this API.", "PERMISSION_DENIED")
+BAD_KEY = error_body(400, "API key not valid. Please pass a valid API key.", details=[
+    {"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": "API_KEY_INVALID", "domain": "googleapis.com",
+     "metadata": {"service": "generativelanguage.googleapis.com"}},
+    {"@type": "type.googleapis.com/google.rpc.LocalizedMessage", "locale": "en-US",
+     "message": "API key not valid. Please pass a valid API key."}])
+
+
+def not_found(model, action):
+    return error_body(404, "models/%s is not found for API version v1beta, or is not supported for %s. Call"
+                      " ModelService.ListModels to see the list of available models and their supported methods."
+                      % (model, action), "NOT_FOUND")
+
+
+def model_info(model):
+    return {"name": "models/" + model, "displayName": model, "inputTokenLimit": 1048576, "outputTokenLimit": 65536,
+            "supportedGenerationMethods": ["generateContent", "countTokens"], "thinking": True}
+
+
+def chunks_of(groups, finish="STOP", **candidate):
+    """Groups of parts -> chunks of a stream, each with the usage so far: cumulative, zeroes left out."""
+    out, usage = [], {"promptTokenCount": 100}
+    for i, parts in enumerate(groups):
+        for p in parts:
+            kind, size = "thoughtsTokenCount" if p.get("thought") else "candidatesTokenCount", len(p.get("text", "x" * 40))
+            usage.update({kind: usage.get(kind, 0) + -(-size // 4)} if size else {})
+        c = {"content": {"parts": parts, "role": "model"}, "index": 0}
+        c.update(dict(candidate, finishReason=finish) if i == len(groups) - 1 else {})
+        total = dict(usage, totalTokenCount=sum(usage.values()), serviceTier="standard")
+        out.append({"candidates": [c], "usageMetadata": total})
+    return out
+
+
+def merged(chunks):
+    """What generateContent sends where a stream would have sent these: texts joined, the signature on them."""
+    out, candidate, parts = {}, {}, []
+    for chunk in chunks:
+        out.update(chunk)
+        for c in (chunk.get("candidates") or [])[:1]:
+            candidate.update({k: v for k, v in c.items() if k != "content"})
+            for p in (c.get("content") or {}).get("parts") or []:
+                last = parts[-1] if parts else {}
+                joins = "text" in p and "text" in last and last.get("thought") == p.get("thought")
+                if joins and "thoughtSignature" not in last:
+                    parts[-1] = dict(last, **dict(p, text=last["text"] + p["text"]))
+                elif p.get("text") != "" or "thoughtSignature" in p or len(chunks) == 1:
+                    parts.append(p)
+    if "candidates" in out:
+        content = dict({"parts": parts} if parts else {}, role="model")
+        out["candidates"] = [dict({"content": content}, **candidate)]
+    return out
+
+
+def repeat(body, model, path):
+    """The script of a server that stands alone."""
+    texts = [p["text"] for p in body["contents"][-1]["parts"] if p.get("text")]
+    return chunks_of([[{"text": "You said: "}], [{"text": texts[-1] if texts else "nothing"}]])
+
+
+class FakeGemini:
+    """The server, its script, and what it saw. `issued` is described at refusal()."""
+
+    def __init__(self, script=repeat, port=0):
+        self.script, self.requests, self.refusals = script, [], []
+        self.issued, self.returned, self.real, self.dummies = {}, set(), 0, 0
+        self.lock, self.closing = threading.Lock(), threading.Event()  # the lock: for the two lines above
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server.daemon_threads, self.server.fake = True, self
+        self.server.handle_error = lambda *args: None  # a proxy that resets is part of the tests
+        self.url = "http://127.0.0.1:%d/v1beta" % self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+    # for scripts
+    def sign(self, *call):
+        signature = base64.b64encode(os.urandom(150)).decode()
+        with self.lock:
+            self.issued[signature] = call or None
+        return signature
+
+    def says(self, *texts, thought="", finish="STOP", **candidate):
+        """An answer in these pieces; its signature stands on an empty part beside the finish."""
+        groups = [[{"text": thought, "thought": True}]] * bool(thought) + [[{"text": t}] for t in texts]
+        return chunks_of(groups + [[{"text": "", "thoughtSignature": self.sign()}]], finish, **candidate)
+
+    def calls(self, *calls, thought="", text=""):
+        """calls: (name, args), each in a chunk of its own; the first is signed."""
+        groups = [[{"text": thought, "thought": True}]] * bool(thought) + [[{"text": text}]] * bool(text)
+        for i, (name, args) in enumerate(calls):
+            call = {"id": "call_%d" % int.from_bytes(os.urandom(4), "big"), "name": name, "args": args}
+            groups.append([dict({"functionCall": call}, **{} if i else {"thoughtSignature": self.sign(name, args)})])
+        return chunks_of(groups + [[{"text": ""}]])
+
+    # for assertions
+    def unreturned(self):
+        """Calls whose signature never came back on them."""
+        return [call for signature, call in self.issued.items() if call and signature not in self.returned]
+
+    # for the handler
+    def answer(self, url, headers, body, client):
+        """-> a reply. Notes the request and its signatures."""
+        model, _, action = unquote(url.path).partition("/v1beta/models/")[2].rpartition(":")
+        note = {"path": url.path, "query": url.query, "headers": {k.lower(): v for k, v in headers.items()},
+                "body": body, "model": model, "action": action, "client": client}
+        key = headers.get("x-goog-api-key") or headers.get("authorization", "").partition("Bearer ")[2]
+        with self.lock:
+            self.requests.append(note)
+            issued = dict(self.issued)
+        if {"key", "access_token"} & set(parse_qs(url.query)):
+            problem = "House rule: THE KEY IS IN THE URL"
+        elif not key or key == "bad":
+            return BAD_KEY if key else NO_KEY
+        elif headers.get("content-type", "").split(";")[0] != "application/json":
+            problem = "House rule: content-type %s" % headers.get("content-type")
+        elif "models/" in model:
+            problem = "* GenerateContentRequest.model: unexpected model name format"
+        elif model not in MODELS or action not in ("generateContent", "streamGenerateContent", "countTokens"):
+            return not_found(model, action)
+        else:
+            problem = count_refusal(body) if action == "countTokens" else refusal(body, model, issued)
+        with self.lock:
+            if problem:
+                self.refusals.append(problem)
+                return error_body(400, problem)
+            if action == "countTokens":
+                return {"totalTokens": len(json.dumps(body)) // 4}
+            back = [p["thoughtSignature"] for c in body["contents"] for p in c["parts"] if "thoughtSignature" in p]
+            self.dummies += sum(s in DUMMIES for s in back)
+            self.real += sum(s not in DUMMIES for s in back)
+            self.returned.update(s.replace("-", "+").replace("_", "/") for s in back)
+            if not callable(self.script):
+                return self.script.pop(0) if self.script else error_body(500, "The script is at its end.", "INTERNAL")
+        try:
+            return self.script(body, model, url.path)
+        except Exception as e:  # pass it on to the test that looks at the refusals
+            self.refusals.append("the script failed: %s: %s" % (type(e).__name__, e))
+            return error_body(400, self.refusals[-1])
+
+
+def finished(chunk, body, model):
+    """The chunk without thoughts that nobody asked for, and with the fields that every response has."""
+    chunk = json.loads(json.dumps(chunk))
+    wanted = body.get("generationConfig", {}).get("thinkingConfig", {}).get("includeThoughts")
+    for content in [c["content"] for c in chunk.get("candidates", []) if "parts" in c.get("content", {})]:
+        content["parts"] = [p for p in content["parts"] if wanted or not p.get("thought")]
+        if not content["parts"]:
+            del content["parts"]
+    return chunk if "error" in chunk else dict({"modelVersion": model, "responseId": "r%x" % id(body)}, **chunk)
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # TCP_NODELAY
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        model = path.partition("/v1beta/models/")[2]
+        key = self.headers.get("x-goog-api-key") or self.headers.get("authorization")
+        if not key or key == "bad":
+            self.send_whole(BAD_KEY if key else NO_KEY)
+        elif path == "/v1beta/models":
+            self.send_whole({"models": [model_info(m) for m in MODELS]})
+        else:
+            self.send_whole(model_info(model) if model in MODELS else not_found(model, "get"))
+
+    def do_POST(self):
+        raw, url = self.rfile.read(int(self.headers["Content-Length"] or 0)), urlsplit(self.path)
+        try:
+            body = json.loads(raw.decode())
+        except ValueError as e:
+            return self.send_whole(error_body(400, "Invalid JSON payload received. %s" % e))
+        reply = self.server.fake.answer(url, self.headers, body, self.client_address)
+        if isinstance(reply, tuple):
+            return self.send_whole(reply[2], reply[0], reply[1])
+        if "error" in reply or "totalTokens" in reply:
+            return self.send_whole(reply)
+        model = url.path.rpartition("/")[2].partition(":")[0]
+        items = [finished(x, body, model) if isinstance(x, dict) else x for x in (reply if isinstance(reply, list) else [reply])]
+        chunks, waits = [x for x in items if isinstance(x, dict)], [x for x in items if isinstance(x, (int, float, str))]
+        if ":stream" not in url.path:
+            failed = [x for x in chunks if "error" in x]
+            return self.send_whole(failed[0] if failed else merged(chunks), waits=waits)
+        if "alt=sse" not in url.query:
+            return self.send_whole(chunks, waits=waits)
+        frames = [b"data: %s\r\n\r\n" % json.dumps(x).encode() if isinstance(x, dict) else x for x in items]
+        frames = [b"%x\r\n%s\r\n" % (len(x), x) if isinstance(x, bytes) else x for x in frames] + [b"0\r\n\r\n"]
+        return self.send(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"}, frames)
+
+    def send_whole(self, body, status=None, headers=(), waits=()):
+        """A body (JSON, or text and bytes as they are) after so many seconds, or as much of it as its end allows."""
+        status = status or (body["error"]["code"] if "error" in body else 200)
+        data = json.dumps(body, indent=2) if isinstance(body, (dict, list)) else body
+        data = data.encode() if isinstance(data, str) else data
+        end = next((x for x in waits if isinstance(x, str)), "")
+        items = [x for x in waits if not isinstance(x, str)] + [data[:len(data) // 2] if end == "cut" else data]
+        usual = {"Content-Type": "application/json; charset=UTF-8", "Content-Length": str(len(data))}
+        self.send(status, dict(usual, **dict(headers)), items[:-1] + [end] if end in ("hang", "reset") else items + [end])
+
+    def send(self, status, headers, items):
+        """The headers go out with the first bytes."""
+        started = False
+        for x in items:
+            if isinstance(x, (int, float)) or x == "hang":
+                self.server.fake.closing.wait(3600 if x == "hang" else x)
+            elif x == "reset":
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                os.close(self.connection.detach())  # socketserver would send a FIN first
+            elif isinstance(x, bytes):
+                if not started:
+                    self.send_response(status)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                started = True
+                try:
+                    self.wfile.write(x)
+                except OSError:
+                    x = "the proxy hung up, because its client did"
+            if isinstance(x, str) and x:
+                self.close_connection = True
+                return
+
+
+# ---- 4. Helpers --------------------------------------------------------------------------------------------
+CONFIG = proxy.Config(gemini_api_key="k1", port=0)
+USER = {"role": "user", "content": "hi"}
+TOOL = {"name": "Bash", "description": "Run it.", "input_schema": {
+    "type": "object", "properties": {"command": {"type": "string"}, "timeout": {"type": "integer"}},
+    "required": ["command"]}}
+SIGNATURE = base64.b64encode(b"a signature of Gemini's").decode()
+DUMMY = proxy.DUMMY_SIGNATURE
+PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(20)).decode()
+PDF = base64.b64encode(b"%PDF-1.4 " + bytes(20)).decode()
+GIF = base64.b64encode(b"GIF89a" + bytes(20)).decode()
+
+
+def request(*messages, **more):
+    """A Messages request; a plain string is a user's text."""
+    messages = [{"role": "user", "content": m} if isinstance(m, str) else m for m in messages] or [USER]
+    return dict({"model": "claude-sonnet-5", "max_tokens": 1000, "messages": messages}, **more)
+
+
+def says(*blocks):
+    return {"role": "assistant", "content": list(blocks)}
+
+
+def uses(id_="toolu_1", name="Bash", input_=None):
+    return {"type": "tool_use", "id": id_, "name": name, "input": {"command": "ls"} if input_ is None else input_}
+
+
+def results(*ids, **more):
+    return {"role": "user", "content": [dict({"type": "tool_result", "tool_use_id": i, "content": "r " + i}, **more) for i in ids]}
+
+
+def image(data=PNG, media_type="image/png"):
+    return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}}
+
+
+def call(id_="toolu_1", name="Bash", args=None, signature=None):
+    part = {"functionCall": {"id": id_, "name": name, "args": {"command": "ls"} if args is None else args}}
+    return dict(part, thoughtSignature=signature) if signature else part
+
+
+def response(id_="toolu_1", text=None, name="Bash", **more):
+    body = {"output": "r " + id_} if text is None else text
+    return {"functionResponse": dict({"id": id_, "name": name, "response": body}, **more)}
+
+
+def user(*parts):
+    return {"role": "user", "parts": [{"text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def model(*parts):
+    return {"role": "model", "parts": [{"text": p} if isinstance(p, str) else p for p in parts]}
+
+
+def chunk(*parts, finish=None, usage=None, **candidate):
+    parts = [{"text": p} if isinstance(p, str) else p for p in parts]
+    candidate.update({"content": {"role": "model", "parts": parts}} if parts else {})
+    candidate.update({"finishReason": finish} if finish else {})
+    return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
+
+
+def check_grammar(events):
+    """Assert the order that clients insist on (facts: contiguous indexes, one open block); -> the Message."""
+    message, block, done = None, None, False
+    for event in events:
+        kind = event["type"]
+        assert not done, "an event after message_stop"
+        if kind == "ping":
+            continue
+        if kind == "message_start":
+            assert message is None
+            message = dict(event["message"], content=[])
+            assert isinstance(message["usage"]["input_tokens"], int)
+            continue
+        assert message is not None, "%s before message_start" % kind
+        if kind == "content_block_start":
+            assert block is None and event["index"] == len(message["content"]), event
+            block = dict(event["content_block"], _json="", _signed=False)
+            message["content"].append(block)
+        elif kind == "content_block_delta":
+            assert block is not None and event["index"] == len(message["content"]) - 1, event
+            delta = event["delta"]
+            own = {"text_delta": "text", "citations_delta": "text", "thinking_delta": "thinking", "signature_delta": "thinking"}
+            assert own.get(delta["type"], block["type"]) == block["type"], event
+            assert delta["type"] in own or block["type"] in ("tool_use", "server_tool_use"), event
+            for key in ("text", "thinking"):
+                block[key] = block.get(key, "") + delta[key] if key in delta else block.get(key)
+            block["_json"] += delta.get("partial_json", "")
+            block["citations"] = (block.get("citations") or []) + ([delta["citation"]] if "citation" in delta else [])
+            if "signature" in delta:
+                assert not block["_signed"], "a second signature"
+                block.update(signature=delta["signature"], _signed=True)
+        elif kind == "content_block_stop":
+            assert block is not None and event["index"] == len(message["content"]) - 1
+            assert block["type"] != "thinking" or block["_signed"], "an unsigned thinking block"
+            if block["type"] in ("tool_use", "server_tool_use"):
+                block["input"] = json.loads(block["_json"] or "{}")
+            block = None
+        elif kind == "message_delta":
+            assert block is None and event["delta"]["stop_reason"] and "output_tokens" in event["usage"]
+            message.update(event["delta"], usage=event["usage"])
+        elif kind == "message_stop":
+            done = True
+        else:
+            raise AssertionError(kind)
+    assert done, "no message_stop"
+    return message
+
+
+def summary(message):
+    """What a reader of a message gets: [("text", "..."), ("tool_use", name, input), ...]."""
+    shown = {"text": lambda b: b["text"], "thinking": lambda b: b["thinking"], "tool_use": lambda b: (b["name"], b["input"]),
+             "server_tool_use": lambda b: (b["name"], b["input"])}
+    return [(b["type"], shown.get(b["type"], lambda b: b["content"])(b)) for b in message["content"]]
+
+
+def emitted(chunks, **request_fields):
+    """-> (Message, remembered signatures) of a whole answer through one emitter."""
+    translation = proxy.to_gemini(request(**request_fields), "gemini-3.8-flash", CONFIG)
+    remembered = {}
+    ids = ("%s%d" % (prefix, i) for i in itertools.count() for prefix in [""])
+    emitter = proxy.MessageEmitter("claude-x", lambda prefix: prefix + next(ids), remembered.__setitem__, translation, 7)
+    return check_grammar(proxy.events_from_gemini(chunks, emitter)), remembered
+
+
+class Running:
+    """A proxy on a free port before a FakeGemini; `with Running(script, setting=...) as r`."""
+
+    def __init__(self, script=repeat, upstream=None, **settings):
+        self.fake = FakeGemini(script)
+        settings.setdefault("gemini_api_base", self.fake.url)
+        self.config = dataclasses.replace(CONFIG, **settings)
+        self.server = proxy.make_server(self.config, upstream)
+        self.port = self.server.server_port
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.server.shutdown()
+        self.server.server_close()
+        self.fake.__exit__()
+
+    def send(self, method, path, body=None, **headers):
+        """-> (status, headers, bytes); underscores in header names become dashes."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        body = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+        reply = connection.getresponse()
+        data = reply.read()
+        connection.close()
+        return reply.status, reply.headers, data
+
+    def ask(self, body, **headers):
+        """POST /v1/messages -> (status, parsed JSON or list of events)."""
+        status, head, data = self.send("POST", "/v1/messages?beta=true", body, **headers)
+        assert head["request-id"].startswith("req_")
+        if "event-stream" not in head["content-type"]:
+            return status, json.loads(data)
+        return status, events_of(data)
+
+    def raw(self, data, close=True):
+        """Bytes as they are -> everything that comes back until the proxy closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            sock.sendall(data)
+            if close:
+                sock.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def events_of(data):
+    events = []
+    for frame in data.decode().strip().split("\n\n"):
+        name, line = frame.split("\n")
+        event = json.loads(line[len("data: "):])
+        assert name == "event: " + event["type"], frame
+        events.append(event)
+    return events
+
+
+# ---- 5. Requests -------------------------------------------------------------------------------------------
+THINK = {"thinking": {"type": "adaptive"}}
+CARRIED = {"type": "thinking", "thinking": "", "signature": proxy.CALL_MARK + SIGNATURE}
+LONG_A, LONG_B = "mcp__" + "server_" * 12 + "alpha", "mcp__" + "server_" * 12 + "bravo"
+REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
+    ("a plain string", request(), {"contents": [user("hi")]}),
+    ("system blocks without the billing line", request(system=[
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197"},
+        {"type": "text", "text": "You are helpful.", "cache_control": {"type": "ephemeral"}}]),
+     {"systemInstruction": {"parts": [{"text": "You are helpful."}]}}),
+    ("a leading system message joins the system prompt", request({"role": "system", "content": "S2"}, "hi", system="S1"),
+     {"systemInstruction": {"parts": [{"text": "S1"}, {"text": "S2"}]}, "contents": [user("hi")]}),
+    ("a later system message is a reminder beside the user's text",
+     request("hi", {"role": "system", "content": "Be brief."}, says({"type": "text", "text": "ok"}), "go"),
+     {"contents": [user("hi", proxy.REMINDER % "Be brief."), model("ok"), user("go")]}),
+    ("a system message between call and result stands after the result",
+     request("hi", says(uses()), {"role": "system", "content": [{"type": "text", "text": "S"}]}, results("toolu_1")),
+     {"contents": [user("hi"), model(call(signature=DUMMY)), user(response(), proxy.REMINDER % "S")]}),
+    ("a system message of effort only", request("hi", {"role": "system", "content": [], "output_config": {"effort": "low"}},
+                                                output_config={"effort": "max"}, **THINK),
+     {"contents": [user("hi")], "generationConfig": {"maxOutputTokens": 1000, "thinkingConfig": {
+         "includeThoughts": True, "thinkingLevel": "LOW"}}}),
+    ("neighbours of one role merge, empty texts go",
+     request("a", {"role": "user", "content": [{"type": "text", "text": ""}, {"type": "text", "text": "b"}]},
+             says({"type": "text", "text": ""}), "c"), {"contents": [user("a", "b", "c")]}),
+    ("a history that starts and ends with the model", request(says({"type": "text", "text": "a"}), "b", says({"type": "text", "text": "c"})),
+     {"contents": [user(proxy.CONTINUE), model("a"), user("b"), model("c"), user(proxy.CONTINUE)]}),
+    ("results in completion order", request("hi", says(uses("a"), uses("b")), results("b", "a")),
+     {"contents": [user("hi"), model(call("a", signature=DUMMY), call("b")), user(response("a"), response("b"))]}),
+    ("a call without a result", request("hi", says(uses("a"), uses("b")), results("b"), says(uses("c"))),
+     {"contents": [user("hi"), model(call("a", signature=DUMMY), call("b")),
+                   user(response("a", {"error": proxy.NO_RESULT}), response("b")), model(call("c", signature=DUMMY)),
+                   user(response("c", {"error": proxy.NO_RESULT}))]}),
+    ("a result without a call, and one twice", request("hi", says(uses("a")), results("gone", "a", "a")),
+     {"contents": [user("hi"), model(call("a", signature=DUMMY)), user(response("a"), "Result of an earlier tool call:\nr gone")]}),
+    ("a failed tool", request("hi", says(uses()), results("toolu_1", is_error=True)),
+     {"contents": [user("hi"), model(call(signature=DUMMY)), user(response(text={"error": "r toolu_1"}))]}),
+    ("a result without content", request("hi", says(uses()), {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1"}]}),
+     {"contents": [user("hi"), model(call(signature=DUMMY)), user(response(text={"output": ""}))]}),
+    ("ids that are empty, long or not ASCII", request("hi", says(uses(""), uses(""), uses("ü" * 4000)), {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": i, "content": t} for i, t in (("", "1"), ("ü" * 4000, "3"), ("", "2"))]}),
+     {"contents": [user("hi"),
+                   model(call("call_" + proxy.short_hash(""), signature=DUMMY), call("call_%s_1" % proxy.short_hash("")),
+                         call("call_" + proxy.short_hash("ü" * 4000))),
+                   user(response("call_" + proxy.short_hash(""), {"output": "1"}),
+                        response("call_%s_1" % proxy.short_hash(""), {"output": "2"}),
+                        response("call_" + proxy.short_hash("ü" * 4000), {"output": "3"}))]}),
+    ("input that is no object", request("hi", says(uses(input_=[1])), results("toolu_1")),
+     {"contents": [user("hi"), model(call(args={"value": [1]}, signature=DUMMY)), user(response())]}),
+    ("a carried signature, and a foreign one", request("hi", says(CARRIED, uses()), results("toolu_1"), says(
+        {"type": "thinking", "thinking": "t", "signature": "EqoBCkgIAR"}, uses("b")), results("b")),
+     {"contents": [user("hi"), model(call(signature=SIGNATURE)), user(response()), model(call("b", signature=DUMMY)), user(response("b"))]}),
+    ("a carried signature that is no base64", request("hi", says(dict(CARRIED, signature=proxy.CALL_MARK + "?"), uses()), results("toolu_1")),
+     {"contents": [user("hi"), model(call(signature=DUMMY)), user(response())]}),
+    ("a signed thought", request("hi", says({"type": "thinking", "thinking": "t", "signature": proxy.THOUGHT_MARK + SIGNATURE},
+                                            {"type": "text", "text": "x"}), "go"),
+     {"contents": [user("hi"), model({"text": "t", "thought": True, "thoughtSignature": SIGNATURE}, "x"), user("go")]}),
+    ("remembered signatures", request("hi", says({"type": "text", "text": "known"}, uses("known")), results("known")),
+     {"contents": [user("hi"), model({"text": "known", "thoughtSignature": SIGNATURE}, call("known", signature=SIGNATURE)), user(response("known"))]}),
+    ("an image in a tool result", request("hi", says(uses()), {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": [{"type": "text", "text": "see"}, image()]}]}),
+     {"contents": [user("hi"), model(call(signature=DUMMY)),
+                   user(response(text={"output": "see"}, parts=[{"inlineData": {"mimeType": "image/png", "data": PNG}}]))]}),
+    ("a PDF beside a tool result", request("hi", says(uses()), {"role": "user", "content": [
+        {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}},
+        {"type": "tool_result", "tool_use_id": "toolu_1", "content": "r toolu_1"}]}),
+     {"contents": [user("hi"), model(call(signature=DUMMY)), user(response(), {"inlineData": {"mimeType": "application/pdf", "data": PDF}})]}),
+    ("media of other kinds", request({"role": "user", "content": [
+        image(media_type="image/jpeg"), {"type": "image", "source": {"type": "url", "url": "https://x.org/a.webp"}},
+        {"type": "image", "source": {"type": "url", "url": "data:image/png;base64," + PNG}},
+        {"type": "document", "title": "T", "source": {"type": "text", "media_type": "text/plain", "data": "D"}},
+        {"type": "document", "source": {"type": "content", "content": [{"type": "text", "text": "C"}]}},
+        {"type": "search_result", "title": "R", "source": "u", "content": [{"type": "text", "text": "S"}]}]}),
+     {"contents": [user({"inlineData": {"mimeType": "image/png", "data": PNG}},
+                        {"fileData": {"mimeType": "image/webp", "fileUri": "https://x.org/a.webp"}},
+                        {"inlineData": {"mimeType": "image/png", "data": PNG}}, "T", "D", "C", "Search result: R (u)\nS")]}),
+    ("a compaction stands for all before it", request("old", says({"type": "compaction", "content": "Sum."}, {"type": "text", "text": "a"}), "go"),
+     {"contents": [user("Summary of the conversation so far:\nSum.", "a", "go")]}),
+    ("blocks that nobody knows", request({"role": "user", "content": [{"type": "new", "x": 1, "cache_control": {}}]}),
+     {"contents": [user('{"type": "new", "x": 1}')]}),
+    ("tool_choice of a long name", request(tools=[{"name": LONG_A, "input_schema": {"type": "object"}},
+                                                  {"name": LONG_B, "input_schema": {"type": "object"}}], tool_choice={"type": "tool", "name": LONG_B}),
+     {"tools": [{"functionDeclarations": [{"name": proxy.gemini_name(n), "description": "", "parametersJsonSchema": {"type": "object"}}
+                                          for n in (LONG_A, LONG_B)]}],
+      "toolConfig": {"functionCallingConfig": {"mode": "ANY", "allowedFunctionNames": [proxy.gemini_name(LONG_B)]}}}),
+    ("tool_choice without tools", request(tool_choice={"type": "any"}), {"toolConfig": None, "tools": None}),
+    ("deferred tools wait for their reference", request("hi", says(uses("t", "ToolSearch", {})), {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "tool_reference", "tool_name": "B"}]}]}, tools=[
+            {"name": n, "defer_loading": n != "ToolSearch", "input_schema": {"type": "object"}}
+            for n in ("ToolSearch", "A", "B", "DeferredToolPlaceholder")]),
+     {"tools": [{"functionDeclarations": [{"name": n, "description": "", "parametersJsonSchema": {"type": "object"}} for n in ("ToolSearch", "B")]}]}),
+    ("web search alone", request(tools=[{"type": "web_search_20250305", "name": "web_search", "allowed_domains": ["a.org"]}],
+                                 tool_choice={"type": "tool", "name": "web_search"}),
+     {"tools": [{"googleSearch": {}}], "toolConfig": None,
+      "systemInstruction": {"parts": [{"text": "Search and cite only these sites: a.org."}]}}),
+    ("web search beside functions", request(tools=[{"type": "web_search_20250305", "name": "web_search"}, TOOL]),
+     {"tools": [{"functionDeclarations": [{"name": "Bash", "description": "Run it.", "parametersJsonSchema": TOOL["input_schema"]}]},
+                {"googleSearch": {}}], "toolConfig": {"includeServerSideToolInvocations": True}}),
+    ("an answer in JSON", request(output_config={"format": {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"const": "x"}}}}}),
+     {"generationConfig": {"maxOutputTokens": 9192, "responseMimeType": "application/json", "thinkingConfig": {"thinkingLevel": "LOW"},
+                           "responseJsonSchema": {"type": "object", "properties": {"a": {"type": "string", "enum": ["x"]}}}}}),
+    ("sampling, stops and a large limit", request(max_tokens=128000, temperature=1, top_p=0.5, top_k=3, stop_sequences=["END"], **THINK),
+     {"generationConfig": {"maxOutputTokens": 60000, "temperature": 1, "topP": 0.5, "topK": 3, "stopSequences": ["END"],
+                           "thinkingConfig": {"includeThoughts": True}}}),
+    ("what changes nothing is ignored", request(context_management={"edits": []}, safeguards=[{}], metadata={"user_id": "x"}, betas=1,
+                                                service_tier="auto", brand_new={"a": 1}), {"contents": [user("hi")]}),
+)
+OLD_MODEL_CASES = (  # the same for gemini-2.5-pro
+    ("media of a tool result stand behind all responses", request("hi", says(uses("a"), uses("b")), {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "a", "content": [image()]}, {"type": "tool_result", "tool_use_id": "b", "content": "r b"}]}),
+     {"contents": [user("hi"), model(call("a"), call("b")), user(response("a", {"output": ""}), response("b"),
+                                                                  {"inlineData": {"mimeType": "image/png", "data": PNG}})]}),
+    ("web search goes where functions are", request(tools=[{"type": "web_search_20250305", "name": "web_search"}, TOOL]), {
+        "tools": [{"functionDeclarations": [{"name": "Bash", "description": "Run it.", "parametersJsonSchema": TOOL["input_schema"]}]}], "toolConfig": None}),
+)
+THINKING_CASES = (  # model, request fields, thinkingConfig, maxOutputTokens
+    ("gemini-3.8-flash", {}, {"thinkingLevel": "LOW"}, 9192),
+    ("gemini-3.5-flash-lite", {}, {"thinkingLevel": "MINIMAL"}, 9192),
+    ("gemini-4-argon", dict(THINK), {"includeThoughts": True}, 1000),
+    ("gemini-3.8-flash", dict(THINK, output_config={"effort": "max"}), {"includeThoughts": True, "thinkingLevel": "HIGH"}, 1000),
+    ("gemini-3.8-flash", {"thinking": {"type": "disabled"}, "output_config": {"effort": "max"}}, {"thinkingLevel": "LOW"}, 9192),
+    ("gemini-3.8-flash", {"thinking": {"type": "enabled", "budget_tokens": 31999}}, {"includeThoughts": True, "thinkingLevel": "HIGH"}, 1000),
+    ("gemini-2.5-pro", {}, {"thinkingBudget": 128}, 9192),
+    ("gemini-2.5-pro", dict(THINK), {"includeThoughts": True, "thinkingBudget": -1}, 1000),
+    ("gemini-2.5-flash", {}, {"thinkingBudget": 0}, 1000),
+    ("gemini-2.5-flash", {"thinking": {"type": "enabled", "budget_tokens": 31999}, "max_tokens": 32000},
+     {"includeThoughts": True, "thinkingBudget": 24576}, 32000),
+    ("gemini-2.5-flash-lite", {"thinking": {"type": "enabled", "budget_tokens": 100}}, {"includeThoughts": True, "thinkingBudget": 512}, 1000),
+    ("gemini-2.0-flash", dict(THINK), None, 1000),
+)
+BAD_REQUESTS = (  # request, how the message starts
+    ([], "The body must be a JSON object"), ({}, "model: "), ({"model": "m"}, "messages: "), (request(max_tokens=0), "max_tokens: "),
+    (request(max_tokens="9"), "max_tokens: must be an integer, not a string"), (request(stream=1), "stream: "),
+    (request({"role": "tool", "content": ""}), "messages[0].role: "), (request(1), "messages[0]: must be an object"),
+    (request({"role": "user", "content": [{"type": "text", "text": 1}]}), "messages[0].content[0].text: must be a string, not an integer"),
+    (request({"role": "user", "content": [{}]}), "messages[0].content[0].type: "), (request({"role": "user", "content": 5}), "messages[0].content: "),
+    (request("x", says({"type": "tool_use", "id": 5, "name": "B"})), "messages[1].content[0].id: "),
+    (request("x", says({"type": "tool_use", "id": "5"})), "messages[1].content[0].name: "),
+    (request({"role": "user", "content": [image(GIF, "image/gif")]}), "messages[0].content[0].source.media_type: could not process image"),
+    (request({"role": "user", "content": [image("")]}), "messages[0].content[0].source.data: image cannot be empty"),
+    (request({"role": "user", "content": [image("no base64!")]}), "messages[0].content[0].source.data: could not process image"),
+    (request({"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "f"}}]}), "messages[0].content[0].source: "),
+    (request({"role": "user", "content": [{"type": "container_upload", "file_id": "f"}]}), "messages[0].content[0]: "),
+    (request(system=[{"type": "image"}]), "system[0].type: "), (request(tools=[{}]), "tools[0].name: "), (request(tools=[1]), "tools[0]: "),
+    (request(tools=[dict(TOOL, input_schema=[])]), "tools[0].input_schema: "), (request(tools=[TOOL], tool_choice={"type": "x"}), "tool_choice.type: "),
+    (request(tools=[{"type": "computer_20251124", "name": "computer"}]), "tools[0]: "), (request(stop_sequences=[" "]), "stop_sequences[0]: "),
+    (request(stop_sequences=list("abcdef")), "stop_sequences: "), (request(mcp_servers=[{}]), "mcp_servers: "),
+    (request(thread={"type": "create"}), "thread: "), (request(output_config={"format": {"type": "xml"}}), "output_config.format.type: "),
+)
+
+
+class Requests(unittest.TestCase):
+
+    def test_requests_are_translated_to_what_gemini_takes(self):
+        lookup = {"known": SIGNATURE, proxy.text_key("known"): SIGNATURE}.get
+        for gemini_model, cases in (("gemini-3.8-flash", REQUEST_CASES), ("gemini-2.5-pro", OLD_MODEL_CASES)):
+            for name, given, expected in cases:
+                with self.subTest(name):
+                    before = copy.deepcopy(given)
+                    body = proxy.to_gemini(proxy.check_request(given), gemini_model, CONFIG, lookup).body
+                    self.assertEqual({key: body.get(key) for key in expected}, expected)
+                    self.assertEqual(given, before, "the request was changed")
+                    self.assertIsNone(refusal(body, gemini_model))
+                    self.assertIsNone(refusal(proxy.with_strict_tools(body), gemini_model))
+
+    def test_thinking_follows_the_family(self):
+        for gemini_model, fields, thinking, limit in THINKING_CASES:
+            with self.subTest(gemini_model, fields=fields):
+                generation = proxy.to_gemini(request(**fields), gemini_model, CONFIG).body["generationConfig"]
+                self.assertEqual((generation.get("thinkingConfig"), generation["maxOutputTokens"]), (thinking, limit))
+
+    def test_bad_requests_name_the_path(self):
+        for given, start in BAD_REQUESTS:
+            with self.subTest(start):
+                with self.assertRaises(proxy.ProxyError) as caught:
+                    proxy.to_gemini(proxy.check_request(given), "gemini-3.8-flash", CONFIG)
+                self.assertEqual((caught.exception.status, caught.exception.type), (400, "invalid_request_error"))
+                self.assertTrue(caught.exception.message.startswith(start), caught.exception.message)
+
+    def test_a_growing_history_keeps_its_bytes(self):
+        messages = ["hi", {"role": "system", "content": "S"}]
+        bodies = []
+        for i in range(4):
+            bodies.append(proxy.to_gemini(request(*messages, tools=[TOOL]), "gemini-3.8-flash", CONFIG).body)
+            messages += [says(uses("id%d" % i)), results("id%d" % i)]
+        for shorter, longer in zip(bodies, bodies[1:]):
+            self.assertEqual(shorter["tools"], longer["tools"])
+            self.assertEqual(shorter["contents"], longer["contents"][:len(shorter["contents"])])
+
+    def test_model_names(self):
+        config = dataclasses.replace(CONFIG, big_model="gemini-4-argon", sonnet_model="gemini-3.6-flash", model_map=(("my-*", "gemini-2.5-pro"),))
+        for name, expected in (("claude-opus-5-5[1m]", "gemini-4-argon"), ("claude-sonnet-5[1M][1m]", "gemini-3.6-flash"),
+                               ("claude-haiku-4-5-20251001", "gemini-3.5-flash-lite"), ("claude-fable-5", "gemini-4-argon"),
+                               ("my-own", "gemini-2.5-pro"), ("models/gemini-2.5-flash", "gemini-2.5-flash"), ("gpt-9", "gemini-3.8-flash"),
+                               ("claude-gemini-4-argon", "gemini-4-argon"), ("anthropic/gemini-3.6-flash", "gemini-3.6-flash")):
+            self.assertEqual(proxy.resolve_model(name, config), expected, name)
+        self.assertEqual(proxy.resolve_model("x", dataclasses.replace(config, anthropic_model="gemini-2.5-pro")), "gemini-2.5-pro")
+        for name in ("gemini-x/../../y", "gemini-3?key=1", "gemini-3:generateContent#", "models/gemini-a b"):
+            with self.assertRaises(proxy.ProxyError):
+                proxy.to_gemini(request(), proxy.resolve_model(name, config), config)
+
+
+# ---- 6. Schemas --------------------------------------------------------------------------------------------
+ANY = {"anyOf": list(proxy.ANY_VALUE["anyOf"])}
+S = {"type": "string"}
+SCHEMA_CASES = (
+    ("keywords as names", {"type": "object", "properties": {n: {"type": "string"} for n in (
+        "title", "default", "$schema", "type", "properties", "enum", "required", "$ref")}, "required": ["$ref"]},
+     {"type": "object", "properties": {n: S for n in ("title", "default", "$schema", "type", "properties", "enum", "required", "$ref")}, "required": ["$ref"]}),
+    ("a type list", {"type": ["string", "null"], "maxLength": 5}, {"anyOf": [{"type": "string", "maxLength": 5}, {"type": "null"}]}),
+    ("oneOf with a const", {"oneOf": [{"const": "a"}, {"const": 1}]}, {"anyOf": [{"type": "string", "enum": ["a"]}, {"type": "integer", "description": "(one of: 1)"}]}),
+    ("allOf", {"allOf": [{"properties": {"a": {"type": "string"}}, "required": ["a"]}, {"properties": {"b": {"type": "string"}}}]},
+     {"type": "object", "properties": {"b": S, "a": S}, "required": ["a"]}),
+    ("a ref", {"type": "object", "properties": {"a": {"$ref": "#/$defs/A", "description": "d"}}, "$defs": {"A": {"type": "string", "description": "x"}}},
+     {"type": "object", "properties": {"a": {"type": "string", "description": "d"}}}),
+    ("a cycle", {"type": "object", "properties": {"next": {"$ref": "#"}}},
+     {"type": "object", "properties": {"next": {"type": "object", "properties": {"next": {"type": "object", "description": "same form as the whole"}}}}}),
+    ("no type", {"type": "object", "properties": {"a": {}, "b": True, "c": {"description": "d"}, "e": {"enum": ["x"]}}},
+     {"type": "object", "properties": {"a": ANY, "b": ANY, "c": dict(ANY, description="d"), "e": {"type": "string", "enum": ["x"]}}}),
+    ("an enum of many types", {"enum": ["a", 1, None, ""]}, {"anyOf": [
+        {"type": "integer", "description": '(one of: "a", 1, null, "")'}, {"type": "null"}, {"type": "string", "enum": ["a"], "description": '(or "" (empty))'}]}),
+    ("what is lost is told", {"type": "number", "exclusiveMinimum": 3, "multipleOf": 2, "description": "D"},
+     {"type": "number", "description": "D (exclusiveMinimum: 3; multipleOf: 2)"}),
+    ("a tuple", {"type": "array", "prefixItems": [{"type": "string"}, {"type": "integer"}], "items": False},
+     {"type": "array", "items": {"anyOf": [S, {"type": "integer"}]}}),
+    ("huge bounds", {"type": "integer", "maximum": 1.8446744073709552e19, "minimum": 0}, {"type": "integer", "minimum": 0}),
+    ("malformed nodes", {"type": "object", "properties": {"a": 5, "b": {"type": "array"}}, "required": True},
+     {"type": "object", "properties": {"a": ANY, "b": {"type": "array", "items": ANY}}}),
+    ("capital types", {"type": "OBJECT", "properties": {"a": {"type": "STRING", "format": "uuid"}}},
+     {"type": "object", "properties": {"a": {"type": "string", "description": "(format: uuid)"}}}),
+    ("siblings of anyOf go into the branches", {"type": "object", "properties": {"a": {"type": "string"}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
+     {"anyOf": [{"type": "object", "properties": {"a": S}, "required": ["a"]}, {"type": "object", "properties": {"a": S}}]}),
+)
+
+
+class Schemas(unittest.TestCase):
+
+    def test_schemas_become_what_gemini_takes(self):
+        for name, given, expected in SCHEMA_CASES:
+            with self.subTest(name):
+                before = copy.deepcopy(given)
+                self.assertEqual(proxy.to_gemini_schema(given), expected)
+                self.assertEqual(given, before)
+                self.check(given)
+
+    def test_a_root_is_always_an_object(self):
+        for given in ({}, {"type": "string"}, {"$ref": "https://x.org/s.json"}, {"anyOf": [{"type": "object", "properties": {"a": {}}}, {"type": "null"}]}):
+            with self.subTest(given):
+                self.assertEqual(proxy.to_gemini_schema(given, root=True)["type"], "object")
+                self.check(given)
+
+    def test_depth_and_size_are_bounded(self):
+        deep = {"type": "string"}
+        for _ in range(200):
+            deep = {"type": "object", "properties": {"a": deep}}
+        wide = {"$defs": {"d%d" % i: {"type": "object", "properties": {k: {"$ref": "#/$defs/d%d" % (i + 1)} for k in "abc"}} for i in range(30)},
+                "$ref": "#/$defs/d0"}
+        for given in (deep, wide):
+            self.check(given)
+            self.assertLess(len(json.dumps(proxy.to_gemini_schema(given))), 1 << 20)
+
+    def check(self, schema):
+        body = proxy.to_gemini(request(tools=[{"name": "t", "input_schema": schema}]), "gemini-3.8-flash", CONFIG).body
+        self.assertIsNone(refusal(body, "gemini-3.8-flash"))
+        self.assertIsNone(refusal(proxy.with_strict_tools(body), "gemini-3.8-flash"))
+
+
+# ---- 7. Answers --------------------------------------------------------------------------------------------
+BASH = {"functionCall": {"name": "Bash", "args": {"command": "ls"}}}
+USED = ("tool_use", ("Bash", {"command": "ls"}))
+SIGNED = dict(BASH, thoughtSignature=SIGNATURE)
+GROUNDING = {"webSearchQueries": ["q1", "q2"], "groundingChunks": [{"web": {"uri": "https://a.org", "title": "A"}}, {"web": {"uri": "https://b.org", "title": "B"}}],
+             "groundingSupports": [{"segment": {"endIndex": 3, "text": "It."}, "groundingChunkIndices": [0, 1]}]}
+RESPONSE_CASES = (  # name, chunks, blocks, stop_reason
+    ("text", [chunk("Hel"), chunk("lo", finish="STOP")], [("text", "Hello")], "end_turn"),
+    ("text and a signature beside STOP", [chunk("Hello"), chunk({"text": "", "thoughtSignature": SIGNATURE}, finish="STOP")], [("text", "Hello")], "end_turn"),
+    ("a thought, then text", [chunk({"text": "T1", "thought": True}), chunk({"text": "T2", "thought": True}), chunk("a", finish="STOP")],
+     [("thinking", "T1T2"), ("text", "a")], "end_turn"),
+    ("a call, then an empty text beside STOP", [chunk(BASH), chunk("", finish="STOP")], [USED], "tool_use"),
+    ("a signed call behind a thought", [chunk({"text": "T", "thought": True}), chunk(SIGNED, finish="STOP")], [("thinking", "T"), USED], "tool_use"),
+    ("a signed call behind a text", [chunk("a"), chunk(SIGNED, finish="STOP")], [("text", "a"), ("thinking", ""), USED], "tool_use"),
+    ("parallel calls in several chunks", [chunk(SIGNED), chunk(BASH), chunk(BASH, finish="STOP")], [("thinking", ""), USED, USED, USED], "tool_use"),
+    ("one call sent twice", [chunk(call("c1")), chunk(call("c1"), finish="STOP")], [USED], "tool_use"),
+    ("STOP on more than one chunk", [chunk("a", finish="STOP"), chunk("b", finish="STOP")], [("text", "ab")], "end_turn"),
+    ("chunks without content or candidates", [{}, {"candidates": []}, {"candidates": None}, chunk(), chunk("a"), chunk(finish="STOP")], [("text", "a")], "end_turn"),
+    ("another candidate", [{"candidates": [{"index": 1, "content": {"parts": [{"text": "no"}]}}, {"content": {"parts": [{"text": "yes"}]}, "finishReason": 1}]}],
+     [("text", "yes")], "end_turn"),
+    ("max tokens", [chunk("a", finish="MAX_TOKENS")], [("text", "a")], "max_tokens"),
+    ("max tokens with nothing said", [chunk(finish="MAX_TOKENS")],
+     [("text", "[Gemini used its whole output limit for thinking; raise max_tokens or lower the effort.]")], "max_tokens"),
+    ("max tokens after a call", [chunk(BASH, finish="MAX_TOKENS")], [USED], "tool_use"),
+    ("blocked output", [chunk("a"), chunk(finish="SAFETY")], [("text", "a\n\n[Gemini stopped this answer: SAFETY.]")], "refusal"),
+    ("blocked prompt", [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}], [("text", "[Gemini refused this prompt: PROHIBITED_CONTENT.]")], "refusal"),
+    ("recitation", [chunk(finish="RECITATION")], [("text", "[Gemini stopped this answer: RECITATION (too close to a source).]")], "end_turn"),
+    ("a malformed call", [chunk(finish="MALFORMED_FUNCTION_CALL", finishMessage="Why.")], [("text", "[Gemini wrote a tool call that cannot be read. Why.]")], "end_turn"),
+    ("a reason that nobody knows", [chunk("a", finish="BRAND_NEW")], [("text", "a\n\n[Gemini stopped this answer: BRAND_NEW.]")], "end_turn"),
+    ("nothing", [chunk("", finish="STOP")], [("text", "[Gemini gave an empty answer.]")], "end_turn"),
+    ("code that ran", [chunk({"executableCode": {"language": "PYTHON", "code": "1+1"}}), chunk({"codeExecutionResult": {"outcome": "OUTCOME_OK", "output": "2"}}, "2.", finish="STOP")],
+     [("server_tool_use", ("code_execution", {"code": "1+1"})), ("code_execution_tool_result", {
+         "type": "code_execution_result", "stdout": "2", "stderr": "", "return_code": 0, "content": []}), ("text", "2.")], "end_turn"),
+    ("an image", [chunk("see", {"inlineData": {"mimeType": "image/png", "data": PNG}}, finish="STOP")], [("text", "see\n\n![image/png](data:image/png;base64,%s)" % PNG)], "end_turn"),
+    ("a search", [chunk("It."), chunk(finish="STOP", groundingMetadata=GROUNDING)],
+     [("text", "It."), ("server_tool_use", ("web_search", {"query": "q1; q2"})), ("web_search_tool_result", [
+         {"type": "web_search_result", "url": u, "title": t, "encrypted_content": "", "page_age": None} for u, t in (("https://a.org", "A"), ("https://b.org", "B"))])], "end_turn"),
+    ("a name with the model's own prefix", [chunk({"functionCall": {"name": "default_api:bash", "args": {"command": "ls"}}}, finish="STOP")], [USED], "tool_use"),
+    ("arguments in need of repair", [chunk({"functionCall": {"name": "Bash", "args": {"command": 5, "timeout": "7", "x": None}}}, finish="STOP")],
+     [("tool_use", ("Bash", {"command": "5", "timeout": 7, "x": None}))], "tool_use"),
+    ("optional arguments that say nothing", [chunk({"functionCall": {"name": "Bash", "args": {"command": "", "timeout": None}}}, finish="STOP")],
+     [("tool_use", ("Bash", {"command": ""}))], "tool_use"),
+    ("a call without arguments", [chunk({"functionCall": {"name": "Bash"}}, finish="STOP")], [("tool_use", ("Bash", {}))], "tool_use"),
+)
+
+
+def cut(chunks, rng):
+    """The same answer with its texts cut at random points, and a part to a chunk."""
+    out = []
+    for piece in chunks:
+        candidates = piece.get("candidates") or [{}]
+        parts = (candidates[0].get("content") or {}).get("parts") or [] if len(candidates) == 1 else []
+        for part in parts:
+            text = part.get("text") or ""
+            at = rng.randrange(1, len(text)) if len(text) > 1 and "thoughtSignature" not in part else 0
+            pieces = [dict(part, text=text[:at]), dict(part, text=text[at:])] if at else [part]
+            out += [{"candidates": [{"content": {"parts": [p]}}]} for p in pieces]
+        rest = dict(candidates[0], content={}) if parts else candidates[0]
+        out.append(dict(piece, candidates=[rest]) if len(candidates) == 1 else piece)
+    return out
+
+
+class Answers(unittest.TestCase):
+
+    def test_every_cut_of_an_answer_gives_the_same_message(self):
+        rng = random.Random(SEED)
+        for name, chunks, blocks, reason in RESPONSE_CASES:
+            for how in ([chunks, [merged(chunks)] if all(len(c.get("candidates") or []) == 1 for c in chunks) else chunks]
+                        + [cut(chunks, rng) for _ in range(8)]):
+                with self.subTest(name, chunks=how):
+                    message, _ = emitted(copy.deepcopy(how), tools=[TOOL], **THINK)
+                    self.assertEqual((summary(message), message["stop_reason"]), (blocks, reason))
+
+    def test_without_thinking_there_are_no_thinking_blocks(self):
+        for name, chunks, blocks, reason in RESPONSE_CASES:
+            with self.subTest(name):
+                message, _ = emitted(copy.deepcopy(chunks), tools=[TOOL])
+                self.assertEqual([b for b in summary(message)], [b for b in blocks if b[0] != "thinking"])
+
+    def test_omitted_thinking_shows_no_thought_but_carries_signatures(self):
+        message, _ = emitted([chunk({"text": "T", "thought": True}), chunk(SIGNED)], tools=[TOOL], thinking={"type": "adaptive", "display": "omitted"})
+        self.assertEqual((message["content"][0]["thinking"], message["content"][0]["signature"]), ("", proxy.CALL_MARK + SIGNATURE))
+
+    def test_signatures_are_remembered_and_carried(self):
+        message, remembered = emitted([chunk({"text": "T", "thought": True}, SIGNED, BASH), chunk("bye", {"text": "", "thoughtSignature": "dGV4dA=="})], tools=[TOOL], **THINK)
+        thinking, first, second, _ = message["content"]
+        self.assertEqual(thinking["signature"], proxy.CALL_MARK + SIGNATURE)
+        self.assertEqual(remembered, {first["id"]: SIGNATURE, proxy.text_key("bye"): "dGV4dA=="})
+        self.assertNotEqual(first["id"], second["id"])
+
+    def test_one_call_where_parallel_ones_are_not_wanted(self):
+        message, _ = emitted([chunk(BASH, BASH)], tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+        self.assertEqual(summary(message), [USED])
+
+    def test_usage_is_the_last_of_each_count(self):
+        chunks = [chunk("a", usage={"promptTokenCount": 50, "thoughtsTokenCount": 3}),
+                  chunk("b", usage={"promptTokenCount": 60, "candidatesTokenCount": 7, "cachedContentTokenCount": 20, "toolUsePromptTokenCount": 5})]
+        usage = emitted(chunks)[0]["usage"]
+        self.assertEqual((usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"], usage["output_tokens_details"]),
+                         (45, 20, 10, {"thinking_tokens": 3}))
+        self.assertEqual(emitted([chunk("a")])[0]["usage"]["output_tokens"], 0)
+
+    def test_citations_and_searches_are_counted(self):
+        message, _ = emitted([chunk("It.", finish="STOP", groundingMetadata=GROUNDING)])
+        self.assertEqual([c["url"] for c in message["content"][0]["citations"]], ["https://a.org", "https://b.org"])
+        self.assertEqual(message["usage"]["server_tool_use"]["web_search_requests"], 2)
+        self.assertEqual(message["content"][1]["id"], message["content"][2]["tool_use_id"])
+
+    def test_the_json_answer_is_what_a_client_builds_from_the_events(self):
+        for name, chunks, _, _ in RESPONSE_CASES:
+            with self.subTest(name):
+                events = list(proxy.events_from_gemini(chunks, proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None)))
+                whole = proxy.message_from_events(events)
+                self.assertEqual(summary(whole), summary(check_grammar(events)))
+                self.assertTrue(all(b.get("citations") is not None for b in whole["content"] if b["type"] == "text"))
+                self.assertTrue(all(b["caller"] == {"type": "direct"} for b in whole["content"] if b["type"] == "tool_use"))
+
+    def test_keep_alive_changes_nothing(self):
+        emitter = proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None)
+        steps = [emitter.start(), emitter.keep_alive(), emitter.feed(chunk({"text": "T", "thought": True})), emitter.keep_alive(),
+                 emitter.feed(chunk("a")), emitter.keep_alive(), emitter.feed(chunk(BASH)), emitter.keep_alive(), emitter.finish()]
+        self.assertEqual(summary(check_grammar(sum(steps, []))), [("thinking", "T"), ("text", "a"), USED])
+
+
+# ---- 8. Errors and wire formats ----------------------------------------------------------------------------
+def quota(id_, **more):
+    return error_body(429, "You exceeded your current quota.\nPlease retry in 20.04466179s.", "RESOURCE_EXHAUSTED",
+                      details=[{"violations": [dict({"quotaId": id_}, **more)]}, {"retryDelay": "20s"}])
+
+
+ERROR_CASES = (  # upstream status, body, status, type, how the message starts, headers
+    (400, BAD_KEY, 403, "permission_error", "The upstream refused the key: API key not valid.", {"x-should-retry": "false"}),
+    (403, NO_KEY, 403, "permission_error", "The upstream refused the key: Method doesn't", {"x-should-retry": "false"}),
+    (404, not_found("gemini-x", "generateContent"), 404, "not_found_error", "model: gemini-x", {}),
+    (400, error_body(400, "The input token count (1200293) exceeds the maximum number of tokens allowed (1048576)."), 400, "invalid_request_error",
+     "prompt is too long: 1200293 tokens > 1048576 maximum", {}),
+    (400, error_body(400, "The input token count exceeds the maximum number of tokens allowed 1048576."), 400, "invalid_request_error",
+     "prompt is too long: 1048577 tokens > 1048576 maximum", {}),
+    (429, quota("GenerateRequestsPerMinutePerProjectPerModel-FreeTier"), 429, "rate_limit_error", "Gemini's rate limit: ", {"retry-after": "20"}),
+    (429, quota("GenerateRequestsPerDayPerProjectPerModel-FreeTier"), 429, "rate_limit_error", "The daily quota", {"x-should-retry": "false"}),
+    (429, quota("PerMinute", quotaValue="0"), 429, "rate_limit_error", "This key's plan", {"x-should-retry": "false"}),
+    (429, error_body(429, "Resource has been exhausted (e.g. check quota)."), 429, "rate_limit_error", "Gemini's rate limit: ", {"retry-after": "10"}),
+    (503, [error_body(503, "The model is overloaded.")], 529, "overloaded_error", "Gemini is overloaded: The model is overloaded.", {}),
+    (500, b"<html><style>x</style><h1>Server Error</h1></html>", 500, "api_error", "Gemini answered 500: Server Error", {}),
+    (504, error_body(504, "Deadline"), 504, "timeout_error", "Gemini did not answer in time", {}),
+    (400, error_body(400, "Unable to process input image."), 400, "invalid_request_error", "could not process image: ", {}),
+    (400, b"", 400, "invalid_request_error", "Gemini answered 400: no reason given", {}),
+)
+
+
+class Wire(unittest.TestCase):
+
+    def test_upstream_errors_are_told_as_clients_understand_them(self):
+        for status, body, expected, type_, message, headers in ERROR_CASES:
+            with self.subTest(message):
+                error = proxy.upstream_error(status, body if isinstance(body, bytes) else json.dumps(body).encode(), "gemini-x")
+                self.assertEqual((error.status, error.type, error.headers()), (expected, type_, headers))
+                self.assertTrue(error.message.startswith(message), error.message)
+                self.assertNotIn("\n", error.message)
+
+    def test_sse_comes_through_however_it_is_cut(self):
+        records = [{"a": "ü\r\n\n"}, {"b": [1, 2]}, {"error": {"code": 503}}]
+        data = ": comment\r\n" + "data: %s\r\n\r\n" % json.dumps(records[0], ensure_ascii=False) + 'data: {"b":\ndata: [1, 2]}\n\n' \
+            + json.dumps(records[2], indent=2)
+        data = data.encode()
+        for size in range(1, 40):
+            pieces = [data[i:i + size] for i in range(0, len(data), size)]
+            self.assertEqual(list(proxy.chunks_from_sse(pieces)), records)
+        self.assertEqual(list(proxy.chunks_from_sse([b'[{"a": 1}\n,\n{"b": 2}]'])), [{"a": 1}, {"b": 2}])
+        with self.assertRaises(ValueError):
+            list(proxy.chunks_from_sse([b"data: {nonsense\n\n"]))
+
+    def test_json_is_read_as_the_rfc_has_it(self):
+        for raw, expected in ((rb'"\ud83d"', "\ufffd"), (rb'"\ud83d\ude00"', "\U0001f600"), (rb'"\\ud83d"', "\\ud83d"), (rb'"\ude00\ud83d"', "\ufffd\ufffd"),
+                              ('"ü"'.encode(), "ü")):
+            self.assertEqual(proxy.parse_json(raw), expected)
+        for raw in (b"", b"{", b"NaN", b'{"a": Infinity}', b'"\xff"', b"[" * 200000, b'{"a": 1} x'):
+            with self.assertRaises(proxy.ProxyError):
+                proxy.parse_json(raw)
+        with self.assertRaises(proxy.ProxyError):
+            proxy.dump_json(proxy.parse_json(b"[1e999]"))
+
+
+# ---- 9. Fuzz -----------------------------------------------------------------------------------------------
+KEYS = ("type text content role messages tools name id input thinking signature source data media_type url tool_use_id input_schema properties items anyOf"
+        " enum required $ref allOf oneOf const type additionalProperties candidates parts functionCall args thought thoughtSignature finishReason"
+        " usageMetadata groundingMetadata groundingChunks web promptFeedback blockReason executableCode inlineData codeExecutionResult output_config"
+        " effort format schema tool_choice system stop_sequences model max_tokens cache_control tool_name tool definition budget_tokens index").split()
+VALUES = ("text", "user", "assistant", "system", "tool_use", "tool_result", "thinking", "image", "document", "base64", "url", "string", "object", "array",
+          "tool_reference", "tool_addition", "compaction", "search_result", "any", "tool", "adaptive", "enabled", "json_schema", "#", "#/a", "web_search_1", "bash_1",
+          "", "ü", "\ud800", "STOP", "SAFETY", SIGNATURE, proxy.CALL_MARK + SIGNATURE, 0, 1, -1, 2.5, 1e308, 10 ** 30, True, False, None)
+
+
+def junk(rng, depth=4):
+    """Arbitrary JSON, with a taste for the words of both APIs."""
+    kind = rng.randrange(6) if depth else 0
+    if kind < 3:
+        return rng.choice(VALUES)
+    if kind == 3:
+        return [junk(rng, depth - 1) for _ in range(rng.randrange(4))]
+    return {rng.choice(KEYS): junk(rng, depth - 1) for _ in range(rng.randrange(5))}
+
+
+def mutated(rng, value, rate):
+    """A valid value with some of its nodes replaced by junk, or gone."""
+    if rng.random() < rate:
+        return junk(rng, 2)
+    if isinstance(value, dict):
+        return {k: mutated(rng, v, rate) for k, v in value.items() if rng.random() > rate / 2}
+    return [mutated(rng, v, rate) for v in value] if isinstance(value, list) else value
+
+
+class Fuzz(unittest.TestCase):
+    """SEED=n CASES=n python3 test_proxy.py Fuzz repeats or prolongs a run."""
+
+    def attempt(self, case, act):
+        try:
+            return act()
+        except proxy.ProxyError:
+            return None
+        except Exception as exc:
+            raise AssertionError("SEED=%d: %s: %r on %s" % (SEED, type(exc).__name__, exc, json.dumps(case)[:2000])) from exc
+
+    def test_any_request_is_taken_or_refused(self):
+        rng = random.Random(SEED)
+        seeds = [case[1] for case in REQUEST_CASES]
+        for i in range(CASES):
+            case = mutated(rng, rng.choice(seeds), 0.08) if i % 3 else junk(rng)
+            case = dict(case, model="m") if isinstance(case, dict) else case
+            gemini_model = rng.choice(MODELS)
+            translation = self.attempt(case, lambda: proxy.to_gemini(proxy.check_request(case), gemini_model, CONFIG))
+            if translation:
+                body = json.loads(self.attempt(case, lambda: proxy.dump_json(translation.body)) or b"null")
+                problem = refusal(body, gemini_model) if body else None
+                self.assertIsNone(problem, "SEED=%d %s" % (SEED, json.dumps(case)[:2000]))
+
+    def test_any_schema_is_cleaned(self):
+        rng = random.Random(SEED + 1)
+        seeds = [case[1] for case in SCHEMA_CASES]
+        for i in range(CASES):
+            case = mutated(rng, rng.choice(seeds), 0.2) if i % 2 else junk(rng, 6)
+            schema = self.attempt(case, lambda: proxy.to_gemini_schema(case, root=True))
+            body = {"contents": [user("x")], "tools": [{"functionDeclarations": [{"name": "t", "parametersJsonSchema": schema}]}]}
+            self.assertIsNone(refusal(body, "gemini-3.8-flash"), "SEED=%d %s" % (SEED, json.dumps(case)[:2000]))
+            self.assertIsNone(refusal(proxy.with_strict_tools(body), "gemini-3.8-flash"), "SEED=%d %s" % (SEED, json.dumps(case)[:2000]))
+
+    def test_any_answer_keeps_the_grammar(self):
+        rng = random.Random(SEED + 2)
+        for i in range(CASES):
+            chunks = [mutated(rng, c, 0.06) if i % 3 else junk(rng, 5) for c in rng.choice(RESPONSE_CASES)[1]]
+            fields = dict(THINK) if i % 2 else {}
+            self.attempt(chunks, lambda: emitted(chunks, tools=[TOOL], **fields))
+
+
+# ---- 10. State ---------------------------------------------------------------------------------------------
+class State(unittest.TestCase):
+
+    def test_the_cache_drops_the_least_recently_used(self):
+        now = [0.0]
+        cache = proxy.SignatureCache(2, 10, 1 << 20, lambda: now[0])
+        cache.put("a", "1"), cache.put("b", "2")
+        self.assertEqual(cache.get("a"), "1")
+        cache.put("c", "3")
+        self.assertEqual([cache.get(k) for k in "abc"], ["1", None, "3"])
+        now[0] = 9
+        self.assertEqual(cache.get("a"), "1")  # use renews
+        now[0] = 15
+        self.assertEqual((cache.get("a"), cache.get("c")), ("1", None))
+
+    def test_the_cache_is_bound_in_bytes(self):
+        cache = proxy.SignatureCache(1000, 10, 5000)
+        for i in range(100):
+            cache.put("k%d" % i, "x" * 700)
+            self.assertLessEqual(cache.size()[1], 5000)
+        self.assertEqual(cache.get("k99"), "x" * 700)
+        self.assertIsNone(cache.get("k0"))
+
+    def test_eight_threads_leave_the_cache_whole(self):
+        cache = proxy.SignatureCache(500, 10, 1 << 20)
+
+        def hammer(n):
+            rng = random.Random(n)
+            for i in range(3000):
+                cache.put("k%d" % rng.randrange(2000), "s" * rng.randrange(50))
+                cache.get("k%d" % rng.randrange(2000))
+
+        threads = [threading.Thread(target=hammer, args=(n,)) for n in range(8)]
+        [t.start() for t in threads], [t.join() for t in threads]
+        entries = cache._entries
+        self.assertEqual(cache.size(), (500, sum(len(k) + len(v[0]) + cache.ENTRY_BYTES for k, v in entries.items())))
+
+    def test_keys_take_turns_and_rest_by_model(self):
+        now = [0.0]
+        ring = proxy.KeyRing(["a", "b", "c"], lambda: now[0])
+        self.assertEqual([ring.acquire("m") for _ in range(4)], [0, 1, 2, 0])
+        self.assertTrue(ring.rest(1, "m", 5))
+        self.assertEqual([ring.acquire("m") for _ in range(3)], [2, 0, 2])
+        self.assertEqual(ring.acquire("other"), 0)
+        self.assertEqual([ring.rest(n, "m", 60) for n in (0, 2)], [True, False])
+        self.assertEqual(ring.acquire("m"), 1)
+        now[0] = 61
+        self.assertEqual(sorted(ring.acquire("m") for _ in range(3)), [0, 1, 2])
+
+
+# ---- 11. End to end ----------------------------------------------------------------------------------------
+def loop_script(fake_of):
+    """A model that thinks, makes two calls, and then says what came back."""
+    def script(body, model_, path):
+        fake = fake_of()
+        answers = [p["functionResponse"]["response"] for p in body["contents"][-1]["parts"] if "functionResponse" in p]
+        if answers:
+            return fake.says("Got ", json.dumps(answers))
+        return fake.calls(("Bash", {"command": "ls"}), ("Bash", {"command": "pwd"}), thought="I look.")
+    return script
+
+
+class EndToEnd(unittest.TestCase):
+
+    def run_proxy(self, script=repeat, **settings):
+        running = Running(script, **settings)
+        self.addCleanup(running.__exit__)
+        return running
+
+    def loop(self, **settings):
+        running = self.run_proxy(lambda *args: script(*args), **settings)
+        script = loop_script(lambda: running.fake)
+        return running
+
+    def test_a_tool_loop_in_every_delivery(self):
+        shapes = {}
+        for mode, stream in (("live", True), ("replay", True), ("live", False)):
+            with self.subTest(mode, stream=stream):
+                r = self.loop(stream_mode=mode)
+                body = request("go", tools=[TOOL], stream=stream, **THINK)
+                status, answer = r.ask(body)
+                self.assertEqual(status, 200)
+                first = check_grammar(answer) if stream else answer
+                uses_ = [b for b in first["content"] if b["type"] == "tool_use"]
+                self.assertEqual([b["input"]["command"] for b in uses_], ["ls", "pwd"])
+                body["messages"] += [{"role": "assistant", "content": first["content"]}, results(*[b["id"] for b in reversed(uses_)])]
+                second = r.ask(body)[1]
+                second = check_grammar(second) if stream else second
+                self.assertEqual(second["stop_reason"], "end_turn")
+                self.assertEqual((r.fake.refusals, r.fake.dummies, r.fake.unreturned()), ([], 0, []))
+                shapes[mode, stream] = [summary(first), first["stop_reason"], first["usage"], [b["type"] for b in second["content"]]]
+        self.assertEqual(len({json.dumps(s) for s in shapes.values()}), 1, shapes)
+
+    def test_signatures_survive_a_restart(self):
+        r = self.loop()
+        body = request("go", tools=[TOOL], **THINK)
+        first = r.ask(body)[1]
+        with Running(r.fake.script, gemini_api_base=r.fake.url) as other:
+            uses_ = [b["id"] for b in first["content"] if b["type"] == "tool_use"]
+            body["messages"] += [{"role": "assistant", "content": first["content"]}, results(*uses_)]
+            self.assertEqual(other.ask(body)[0], 200)
+            self.assertIn(b'signatures_total{kind="carried"} 1', other.send("GET", "/metrics")[2])
+        self.assertEqual((r.fake.refusals, r.fake.dummies, r.fake.unreturned()), ([], 0, []))
+
+    def test_without_a_stream_endpoint_whole_answers_are_replayed_and_that_is_remembered(self):
+        for refusal_ in ((404, {}, b"<html>nothing here"), (405, {}, b""), (501, {}, b"{}"), (200, {}, json.dumps([chunk("plain", finish="STOP")]).encode())):
+            with self.subTest(refusal_[0]):
+                r = self.run_proxy(lambda body, m, path: refusal_ if "stream" in path else chunk("plain", finish="STOP"))
+                for _ in range(2):
+                    self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "plain")])
+                self.assertEqual(sum("stream" in q["path"] for q in r.fake.requests), 1)
+
+    def test_an_empty_or_malformed_answer_is_asked_for_again(self):
+        for bad in (chunk("", finish="STOP"), chunk(finish="MALFORMED_FUNCTION_CALL"), chunk({"text": "hm", "thought": True}, finish="UNEXPECTED_TOOL_CALL"), {}):
+            for stream in (True, False):
+                r = self.run_proxy([[bad], [chunk("ok", finish="STOP")]])
+                status, answer = r.ask(request(stream=stream, **THINK))
+                message = check_grammar(answer) if stream else answer
+                self.assertEqual((status, summary(message)[-1]), (200, ("text", "ok")), bad)
+        r = self.run_proxy(lambda *args: [bad])
+        self.assertEqual(summary(r.ask(request())[1]), [("text", "[Gemini gave an empty answer.]")])
+        self.assertEqual(len(r.fake.requests), 3)
+
+    def test_known_repairs_of_a_400_are_made_once(self):
+        for name, text, gone in (("thinking", "Thinking level LOW is not supported for this model.", lambda b: "thinkingConfig" not in b["generationConfig"]),
+                                 ("schema", "Invalid JSON payload received. Unknown name \"parametersJsonSchema\" at 'tools[0]': Cannot find field.",
+                                  lambda b: "parameters" in b["tools"][0]["functionDeclarations"][0]),
+                                 ("signature", "Invalid thought signature.", lambda b: b["contents"][1]["parts"][0]["thoughtSignature"] == DUMMY)):
+            with self.subTest(name):
+                r = self.run_proxy(lambda body, m, path: [chunk("ok", finish="STOP")] if gone(body) else error_body(400, text))
+                body = request("x", says(CARRIED, uses()), results("toolu_1"), tools=[TOOL])
+                r.fake.issued[SIGNATURE] = ("Bash", {"command": "ls"})
+                self.assertEqual(summary(r.ask(body)[1]), [("text", "ok")])
+                self.assertEqual(len(r.fake.requests), 2)
+                r.ask(body)
+                self.assertEqual(len(r.fake.requests), 3 if name == "schema" else 4)  # a missing field is remembered
+                self.assertEqual(r.fake.refusals, [])
+
+    def test_early_failures_are_http_errors(self):
+        for reply, status, type_ in ((BAD_KEY, 403, "permission_error"), (error_body(400, "Bad thing."), 400, "invalid_request_error"),
+                                     (quota("PerDay"), 429, "rate_limit_error"), ([{"error": {"code": 400, "message": "Bad."}}], 400, "invalid_request_error"),
+                                     ([b'data: {"error": {"code": 403, "message": "Leaked."}}\r\n\r\n'], 403, "permission_error")):
+            for stream in (True, False) if isinstance(reply, dict) else (True,):
+                with self.subTest(type_, stream=stream):
+                    r = self.run_proxy(lambda *args: reply)
+                    got, answer = r.ask(request(stream=stream))
+                    self.assertEqual((got, answer["type"], answer["error"]["type"]), (status, "error", type_))
+                    self.assertTrue(answer["request_id"].startswith("req_"))
+                    self.assertEqual(len(r.fake.requests), 1)
+
+    def test_unknown_model(self):
+        r = self.run_proxy()
+        status, answer = r.ask(request(model="gemini-unheard-of", stream=True))
+        self.assertEqual((status, answer["error"]), (404, {"type": "not_found_error", "message": "model: gemini-unheard-of"}))
+
+    def test_late_failures_end_in_an_error_event(self):
+        for end in ("cut", "reset", b'{\n "error": {\n  "code": 503, "message": "Overloaded."}\n}', {"error": {"code": 500, "message": "Fault."}}):
+            with self.subTest(end):
+                r = self.run_proxy(lambda *args: [chunk("Hello"), 0.05, end])
+                status, events = r.ask(request(stream=True))
+                self.assertEqual((status, events[0]["type"], events[-1]["type"]), (200, "message_start", "error"))
+                self.assertNotIn("message_stop", [e["type"] for e in events])
+
+    def test_silence_gets_pings_and_the_200_waits_for_the_first_chunk(self):
+        r = self.run_proxy(lambda *args: [0.5, chunk("a"), 0.5, chunk("b", finish="STOP")], ping_interval=0.1)
+        _, events = r.ask(request(stream=True))
+        kinds = [e["type"] for e in events]
+        self.assertEqual(kinds[:2], ["message_start", "ping"])
+        self.assertGreater(kinds[kinds.index("content_block_delta"):].count("ping"), 1)
+        self.assertEqual(kinds[-1], "message_stop")
+        check_grammar(events)
+        r = self.run_proxy(lambda *args: [0.3, error_body(400, "Late.")], ping_interval=5)
+        self.assertEqual(r.ask(request(stream=True))[0], 400)
+
+    def test_upstream_silence_is_an_error_while_pings_go_on(self):
+        r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.1, request_timeout=0.6)
+        _, events = r.ask(request(stream=True))
+        self.assertEqual((events[-1]["type"], events[-1]["error"]["type"]), ("error", "timeout_error"))
+        self.assertIn("ping", [e["type"] for e in events])
+        r = self.run_proxy(lambda *args: ["hang"], request_timeout=0.3)
+        self.assertEqual(r.ask(request())[0], 504)
+        self.assertEqual(len(r.fake.requests), 1)
+
+    def test_tokens(self):
+        r = self.run_proxy(proxy_auth_token="secret")
+        for headers, status in (({}, 401), ({"x_api_key": "wrong"}, 401), ({"x_api_key": "secret"}, 200), ({"authorization": "Bearer secret"}, 200),
+                                ({"x_api_key": "wrong", "authorization": "Bearer secret"}, 200), ({"authorization": "secret"}, 401)):
+            self.assertEqual(r.ask(request(), **headers)[0], status, headers)
+        for path in ("/", "/metrics", "/v1/models", "/test-connection"):
+            self.assertEqual(r.send("GET", path)[0], 401, path)
+        self.assertEqual((r.send("GET", "/health")[0], r.send("HEAD", "/")[0]), (200, 200))
+        self.assertEqual(r.send("GET", "/", x_api_key="wrong")[1]["x-should-retry"], "false")
+
+    def test_client_keys(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        self.assertEqual(r.ask(request())[0], 401)
+        self.assertEqual(r.ask(request(), x_api_key="own")[0], 200)
+        self.assertEqual(r.fake.requests[-1]["headers"]["x-goog-api-key"], "own")
+
+    def test_endpoints(self):
+        r = self.run_proxy()
+        for method, path, status in (("GET", "/health", 200), ("GET", "/", 200), ("GET", "/metrics", 200), ("GET", "/v1/models?limit=1000", 200),
+                                     ("GET", "/v1/models/claude-gemini-3.8-flash", 200), ("GET", "/v1/models/models%2Fgemini-3.8-flash", 200), ("HEAD", "/", 200),
+                                     ("HEAD", "/api/hello", 200), ("GET", "/api/hello", 200), ("GET", "/v1/messages", 405), ("PUT", "/v1/messages", 405),
+                                     ("GET", "/nothing", 404), ("GET", "/test-connection", 200), ("TRACE", "/", 405)):
+            got, headers, data = r.send(method, path)
+            self.assertEqual(got, status, (method, path, data))
+            if method == "HEAD":
+                self.assertEqual(data, b"")
+            elif status >= 400:
+                self.assertEqual(json.loads(data)["type"], "error")
+        self.assertEqual(r.send("POST", "/api/event_logging/batch", {})[0], 200)
+        self.assertGreater(json.loads(r.send("POST", "/v1/messages/count_tokens?beta=true", request("x" * 400))[2])["input_tokens"], 90)
+        page = json.loads(r.send("GET", "/v1/models?limit=2")[2])
+        self.assertTrue(page["has_more"])
+        rest = json.loads(r.send("GET", "/v1/models?limit=1000&after_id=" + page["last_id"])[2])
+        self.assertEqual(len({m["id"] for m in page["data"] + rest["data"]}), 2 * len(proxy.LISTED_MODELS))
+
+    def test_bodies(self):
+        r = self.run_proxy(max_body_bytes=2000)
+        body = json.dumps(request()).encode()
+        head = b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+        chunked = b"%x;ext=1\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        for sent, status in ((b"Transfer-Encoding: chunked\r\n\r\n" + chunked, 200), (b"Content-Length: %d\r\n\r\n" % len(body) + body, 200),
+                             (b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked, 400), (b"Transfer-Encoding: gzip\r\n\r\n", 400),
+                             (b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nxxxxxx", 400), (b"Content-Length: -5\r\n\r\n", 400), (b"Content-Length: x\r\n\r\n", 400),
+                             (b"\r\n", 411), (b"Content-Length: 999999\r\n\r\n" + b"x" * 99999, 413), (b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+                             (b"Transfer-Encoding: chunked\r\n\r\nfffff\r\n", 413), (b"Content-Length: 3\r\n\r\n{{{", 400), (b"Content-Length: 4\r\n\r\n\"\xff\xfe\"", 400),
+                             (b"Content-Encoding: gzip\r\nContent-Length: 3\r\n\r\nxxx", 415), (b"X: " + b"y" * 70000 + b"\r\n\r\n", 413)):
+            with self.subTest(sent[:60]):
+                answer = r.raw(head + sent)
+                self.assertTrue(answer.startswith(b"HTTP/1.1 %d " % status), answer[:200])
+                self.assertNotIn(b"Traceback", answer)
+                if status != 200:
+                    self.assertEqual(json.loads(answer.partition(b"\r\n\r\n")[2])["type"], "error")
+
+    def test_two_requests_on_one_connection(self):
+        r = self.run_proxy()
+        connection = http.client.HTTPConnection("127.0.0.1", r.port, timeout=10)
+        for stream in (True, False, True):
+            connection.request("POST", "/v1/messages", json.dumps(request(stream=stream)))
+            self.assertIn(b"You said", connection.getresponse().read())
+        connection.close()
+        self.assertEqual(len(r.fake.requests), 3)
+
+    def test_an_old_client_gets_a_stream_that_ends_with_the_connection(self):
+        r = self.run_proxy()
+        body = json.dumps(request(stream=True)).encode()
+        answer = r.raw(b"POST /v1/messages HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        head, _, data = answer.partition(b"\r\n\r\n")
+        self.assertNotIn(b"chunked", head)
+        check_grammar(events_of(data))
+
+    def test_a_client_that_leaves_ends_the_upstream_request(self):
+        r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.2)
+        body = json.dumps(request(stream=True)).encode()
+        with socket.create_connection(("127.0.0.1", r.port)) as sock:
+            sock.sendall(b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            self.assertIn(b"200 OK", sock.recv(100))
+        deadline = time.monotonic() + 5
+        while r.server.active and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.assertEqual(r.server.active, 0)
+
+    def test_fallback_models_and_keys(self):
+        def script(body, model_, path):
+            return quota("PerDay") if model_ == "gemini-3.8-flash" else [chunk(model_, finish="STOP")]
+        r = self.run_proxy(script, fallback_models=("gemini-3.6-flash", "gemini-2.5-pro"), gemini_api_key="k1,k2")
+        self.assertEqual(summary(r.ask(request())[1]), [("text", "gemini-3.6-flash")])
+        self.assertEqual([q["headers"]["x-goog-api-key"] for q in r.fake.requests][:2], ["k1", "k2"])
+        self.assertEqual(r.fake.refusals, [])
+
+    def test_passing_faults_are_retried(self):
+        r = self.run_proxy([error_body(503, "Overloaded.", "UNAVAILABLE"), ["reset"], [chunk("ok", finish="STOP")]])
+        self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "ok")])
+        r = self.run_proxy(lambda *args: error_body(503, "Overloaded.", "UNAVAILABLE"), max_retries=1)
+        status, answer = r.ask(request(stream=True))
+        self.assertEqual((status, answer["error"]["type"], len(r.fake.requests)), (529, "overloaded_error", 2))
+
+    def test_connections_are_reused(self):
+        r = self.run_proxy()
+        for i in range(20):
+            r.ask(request(stream=bool(i % 2)))
+        self.assertEqual(len({q["client"] for q in r.fake.requests}), 1)
+
+    def test_the_demo_answers_thinks_and_calls(self):
+        r = self.run_proxy(upstream=proxy.DemoModel())
+        message = check_grammar(r.ask(request("hello", stream=True, **THINK))[1])
+        self.assertEqual([b["type"] for b in message["content"]], ["thinking", "text"])
+        body = request("please run `echo hi`", tools=[TOOL], **THINK)
+        first = r.ask(body)[1]
+        self.assertEqual(summary(first)[-1], ("tool_use", ("Bash", {"command": "echo hi"})))
+        id_ = first["content"][-1]["id"]
+        body["messages"] += [{"role": "assistant", "content": first["content"]}, results(id_)]
+        self.assertIn("r " + id_, summary(r.ask(body)[1])[-1][1])
+
+
+# ---- 12. Promises ------------------------------------------------------------------------------------------
+def child(*args, **environment):
+    """Run the program in an empty folder with only this environment -> (status, output)."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, *args], cwd=folder, env=dict({"PATH": os.environ["PATH"]}, **environment), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+    return done.returncode, done.stdout.decode()
+
+
+class Promises(unittest.TestCase):
+
+    def test_both_files_import_only_the_standard_library(self):
+        for path in (proxy.__file__, __file__):
+            with open(path, encoding="utf-8") as file:
+                tree = ast.parse(file.read())
+            names = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+            names |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            library = os.path.dirname(os.__file__)
+            for name in names - {"claude_gemini_proxy", "__future__"}:
+                spec = importlib.util.find_spec(name)
+                origin = spec.origin or ""
+                self.assertTrue(name in sys.builtin_module_names or origin in ("built-in", "frozen") or origin.startswith(library) and "site-packages" not in origin, (name, origin))
+
+    def test_an_import_does_nothing(self):
+        code = ("import sys, threading, logging; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import claude_gemini_proxy;"
+                "assert threading.active_count() == 1 and not logging.getLogger().handlers") % os.path.dirname(proxy.__file__)
+        self.assertEqual(child("-I", "-c", code), (0, ""))
+
+    def test_settings_have_one_truth(self):
+        status, text = child(proxy.__file__, "--help", COLUMNS="500")
+        self.assertEqual(status, 0)
+        with open(os.path.join(os.path.dirname(proxy.__file__), "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        for row in dataclasses.fields(proxy.Config):
+            names = ", ".join(name for name, _ in proxy.environment_names(row))
+            self.assertIn(names, text)
+            cells = "| %s | %s | %s |" % (", ".join("`%s`" % name for name, _ in proxy.environment_names(row)), proxy.shown_default(row), row.metadata["help"])
+            self.assertIn(cells, readme)
+        self.assertIn("### %s" % proxy.__version__, readme)
+
+    def test_settings_from_everywhere(self):
+        load = lambda env, flags={}, dotenv={}: proxy.load_config(flags, env, dotenv)  # noqa: E731
+        self.assertEqual(load({"PORT": "1"}, {"port": "2"}, {"PORT": "3"}).port, 2)
+        self.assertEqual(load({"PORT": ""}, {}, {"PORT": "3"}).port, 3)
+        self.assertEqual(load({"API_KEYS": '["a", "b"]'}).keys, ("a", "b"))
+        self.assertEqual(load({"GEMINI_API_KEY": "a, b", "GOOGLE_API_KEY": "c"}).keys, ("a", "b"))
+        self.assertEqual(load({"ANTHROPIC_AUTH_TOKEN": "AIza" + "x" * 35}).keys, ("AIza" + "x" * 35,))
+        self.assertEqual(load({"ANTHROPIC_AUTH_TOKEN": "sk-ant-1", "ANTHROPIC_MODEL": "claude-opus-5", "ANTHROPIC_DEFAULT_HAIKU_MODEL": "haiku"}),
+                         proxy.Config())
+        config = load({"PROXY_LISTEN_ADDR": "127.0.0.9:99", "GEMINI_ENDPOINT": "gem.example", "EMERGENCY_DISABLE_STREAMING": "true",
+                       "MODEL_MAP": '{"a*": "gemini-b"}', "MAX_STREAMING_RETRIES": "5"})
+        self.assertEqual((config.host, config.port, config.gemini_api_base, config.stream_mode, config.model_map, config.max_retries),
+                         ("127.0.0.9", 99, "https://gem.example/v1beta", "replay", (("a*", "gemini-b"),), 5))
+        self.assertEqual(load({"GOOGLE_GEMINI_BASE_URL": "http://h:1/"}).gemini_api_base, "http://h:1/v1beta")
+        self.assertEqual(proxy.parse_dotenv("# c\nexport A='x # y'\nB=z # c\nC=\"q\"\nnonsense\nD=#\n"), {"A": "x # y", "B": "z", "C": "q", "D": ""})
+        for env in ({"PORT": "x"}, {"PORT": "70000"}, {"STREAM_MODE": "x"}, {"MODEL_MAP": "x"}, {"API_KEYS": "x"}, {"DEBUG": "maybe"}, {"PING_INTERVAL": "0"},
+                    {"GEMINI_API_BASE": "ftp://x"}, {"HOST": "0.0.0.0"}, {"MAX_RETRIES": "-1"}, {"MODEL_MAP": "[1]"}, {"MODEL_MAP": '{"a": 1}'}):
+            with self.assertRaises(ValueError, msg=env) as caught:
+                load(env)
+            self.assertIn(next(iter(env)), str(caught.exception))
+        self.assertNotIn("s3cret", repr(load({"GEMINI_API_KEY": "s3cret", "PROXY_AUTH_TOKEN": "s3cret"})))
+
+    def test_a_bad_start_is_one_clear_line(self):
+        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a port number"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN")):
+            got, output = child(proxy.__file__, **env)
+            self.assertEqual(got, status)
+            self.assertIn(text, output)
+            self.assertNotIn("Traceback", output)
+        self.assertEqual(child(proxy.__file__, "--version"), (0, "claude_gemini_proxy %s\n" % proxy.__version__))
+        self.assertIn("set -gx ANTHROPIC_BASE_URL http://127.0.0.1:8318", child(proxy.__file__, "env", "fish")[1])
+
+    def test_run_and_check_use_the_demo(self):
+        code = ("import os, json, urllib.request as u; r = u.Request(os.environ['ANTHROPIC_BASE_URL'] + '/v1/messages', json.dumps({'model': 'claude-x',"
+                "'messages': [{'role': 'user', 'content': 'hi'}]}).encode(), {'x-api-key': os.environ['ANTHROPIC_AUTH_TOKEN']});"
+                "assert b'demo model' in u.urlopen(r).read() and 'ANTHROPIC_API_KEY' not in os.environ; raise SystemExit(7)")
+        self.assertEqual(child(proxy.__file__, "--demo", "run", sys.executable, "-c", code, ANTHROPIC_API_KEY="x"), (7, ""))
+        self.assertEqual(child(proxy.__file__, "--demo", "run", "/nowhere")[0], 127)
+
+    def test_the_readme_example_of_vendoring_runs(self):
+        with open(os.path.join(os.path.dirname(proxy.__file__), "README.md"), encoding="utf-8") as file:
+            example = re.search(r"```python\n(.*?)```", file.read(), re.S).group(1)
+        code = "import sys; sys.dont_write_bytecode = True; sys.path.insert(0, %r)\n%s" % (os.path.dirname(proxy.__file__), example)
+        status, output = child("-c", code)
+        self.assertEqual(status, 0, output)
+        self.assertIn("built-in demo model", output)
+
+
+# ---- 13. Program -------------------------------------------------------------------------------------------
+def bench():
+    """Print what the proxy adds to direct requests; asserts nothing."""
+    import platform
+    print("%s, Python %s, %d CPUs" % (platform.platform(), platform.python_version(), os.cpu_count()))
+    with Running(repeat) as running:
+        cases = (("small", request(), "generateContent", False), ("stream", request(stream=True), "streamGenerateContent?alt=sse", True))
+        for name, body, action, stream in cases:
+            upstream_body = json.dumps(proxy.to_gemini(body, "gemini-3.8-flash", CONFIG).body)
+            timings = {"direct": [], "proxied": []}
+            for _ in range(7):
+                for kind, port, path, data in (("direct", running.fake.server.server_port, "/v1beta/models/gemini-3.8-flash:" + action, upstream_body),
+                                               ("proxied", running.port, "/v1/messages", json.dumps(body))):
+                    connection = http.client.HTTPConnection("127.0.0.1", port)
+                    for _ in range(40):
+                        started = time.perf_counter()
+                        connection.request("POST", path, data, {"Content-Type": "application/json", "x-goog-api-key": "k"})
+                        connection.getresponse().read()
+                        timings[kind].append((time.perf_counter() - started) * 1000)
+                    connection.close()
+            medians = {k: sorted(v)[len(v) // 2] for k, v in timings.items()}
+            print("%-8s direct %.2f ms, through the proxy %.2f ms, added %.2f ms" % (name, medians["direct"], medians["proxied"], medians["proxied"] - medians["direct"]))
+
+
+if __name__ == "__main__":
+    os.environ["no_proxy"] = "*"
+    logging.getLogger("claude_gemini_proxy").setLevel(logging.CRITICAL)
+    if sys.argv[1:2] == ["bench"]:
+        bench()
+    else:
+        unittest.main()
