@@ -1760,8 +1760,8 @@ class MessageEmitter:
             self._text("%s[%s]" % ("\n\n" if self._open == "text" else "", note))
         self._close()
         details = {"type": "refusal", "category": None, "explanation": note} if reason == "refusal" else None
-        delta = {"type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": None, "stop_details": details},
-                 "usage": self._total_usage(searches)}
+        delta = {"type": "message_delta", "usage": self._total_usage(searches), "delta": {
+            "stop_reason": reason, "stop_sequence": None, "stop_details": details, "container": None}}
         if self._edits_wanted:
             delta["context_management"] = {"applied_edits": []}
         self._out += [delta, {"type": "message_stop"}]
@@ -3095,10 +3095,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
                            "last_id": page[-1]["id"] if page else None, "has_more": len(page) < end - start})
 
     def handle_model(self, path: str) -> None:
-        """GET /v1/models/{id}: any name that would be answered has a description"""
+        """GET /v1/models/{id}: a listed model, or a name of Claude's, which is always answered"""
         wanted = path[len("/v1/models/"):]
-        resolve_model(wanted, self.server.config)
         found = [model for model in model_list() if model["id"] == wanted]
+        if not found and ("gemini" in wanted or not _CLAUDE_NAME.search(wanted)):
+            raise ProxyError(404, "model: %s" % wanted[:200])
         self.respond_json(found[0] if found else model_entry(wanted, wanted, "2026-01-01"))
 
     def handle_health(self, path: str) -> None:
@@ -3158,9 +3159,14 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 def model_entry(id_: str, display_name: str, created: str) -> Json:
-    """A model as /v1/models describes it, https://docs.claude.com/en/api/models (read 2026-11-20)."""
-    return {"type": "model", "id": id_, "display_name": display_name, "created_at": created + "T00:00:00Z",
-            "max_input_tokens": INPUT_LIMIT, "max_tokens": OUTPUT_LIMIT}
+    """A model as /v1/models describes it, with the fields that the SDKs require.
+
+    Source: https://docs.claude.com/en/api/models (read 2026-11-20), anthropic SDK 2.11.0.
+    """
+    return {"type": "model", "id": id_, "display_name": display_name, "lifecycle": "active",
+            "created_at": created + "T00:00:00Z", "max_input_tokens": INPUT_LIMIT,
+            "max_tokens": OUTPUT_LIMIT, "capabilities": None, "deprecated_at": None,
+            "retires_at": None, "line": None}
 
 
 def model_list() -> List[Json]:

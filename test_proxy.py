@@ -1514,7 +1514,7 @@ class EndToEnd(unittest.TestCase):
     def test_endpoints(self):
         r = self.run_proxy()
         for method, path, status in (("GET", "/health", 200), ("GET", "/", 200), ("GET", "/metrics", 200), ("GET", "/v1/models?limit=1000", 200),
-                                     ("GET", "/v1/models/claude-gemini-3.8-flash", 200), ("GET", "/v1/models/models%2Fgemini-3.8-flash", 200), ("HEAD", "/", 200),
+                                     ("GET", "/v1/models/claude-gemini-3.8-flash", 200), ("GET", "/v1/models/claude-opus-5%5B1m%5D", 200), ("GET", "/v1/models/gemini-9-nope", 404), ("HEAD", "/", 200),
                                      ("HEAD", "/api/hello", 200), ("GET", "/api/hello", 200), ("GET", "/v1/messages", 405), ("PUT", "/v1/messages", 405),
                                      ("GET", "/nothing", 404), ("GET", "/test-connection", 200), ("TRACE", "/", 405)):
             got, headers, data = r.send(method, path)
