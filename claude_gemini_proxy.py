@@ -37,6 +37,7 @@ import functools
 import hashlib
 import hmac
 import http.client
+import io
 import json
 import logging
 import math
@@ -341,6 +342,7 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
 # ---- 3. Settings (pure) ---------------------------------------------------------------------
 
 _GEMINI_KEY = re.compile(r"AIza[\w-]{35}|AQ\.[\w.-]{20,}")
+SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
 _CLAUDE_NAME = re.compile(r"(?i)claude|opus|sonnet|haiku|fable|mythos|^(default|best|inherit)$")
 
 
@@ -1731,6 +1733,11 @@ class MessageEmitter:
         self.finish_reason = self._finish_message = ""
 
     @property
+    def has_begun(self) -> bool:
+        """A block has been given out."""
+        return self._index >= 0
+
+    @property
     def is_useless(self) -> bool:
         """Nothing was said or called, and asking again may help."""
         return not self.answered and not self._block_reason and self.finish_reason in ASK_AGAIN
@@ -2273,6 +2280,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
                 if connection.sock is None:
                     connection.connect()
                     connection.sock.settimeout(self._timeout)
+                request.exchange.use(connection)
                 connection.request(request.get_method(), request.selector, request.data, headers)
                 return Reply(connection, connection.getresponse(), functools.partial(self._give, place))
             except (http.client.RemoteDisconnected, ConnectionError):
@@ -2355,12 +2363,6 @@ class Reply:
             self._response.close()
             connection.close()
 
-    def abort(self) -> None:
-        """Wake the thread that reads this reply, from another one."""
-        connection = self._connection
-        with contextlib.suppress(OSError, AttributeError):
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
 
 def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
     """Whether a socket can be read (or written) at once. poll, as select ends at 1024 descriptors."""
@@ -2384,12 +2386,20 @@ class Exchange:
         self.retries = 0
         self.key_number = 0
         self.gone = threading.Event()   # the client has left
-        self.reply: Optional[Reply] = None
+        self._connection: Any = None
+
+    def use(self, connection: Any) -> None:
+        """Note the connection that is about to be used; ConnectionAbortedError if it is too late."""
+        self._connection = connection
+        if self.gone.is_set():
+            raise ConnectionAbortedError("the client has left")
 
     def cancel(self) -> None:
+        """The client has left: wake the thread that waits for upstream. For another thread."""
         self.gone.set()
-        if self.reply:
-            self.reply.abort()
+        with contextlib.suppress(OSError, AttributeError):  # no connection, or closed just now
+            # Not SSLSocket's own shutdown: it would take the TLS layer from under the reader.
+            socket.socket.shutdown(self._connection.sock, socket.SHUT_RDWR)
 
 
 # What a 400 tells to leave out: (what it must say, name for the log, the change). Each is tried once.
@@ -2410,8 +2420,11 @@ class Gemini:
     """
 
     REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
+    BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
+    BROKEN_SECONDS = 60.0    # for this long
+    BACKOFF_SECONDS = 0.5    # of the first wait, at most; it doubles, up to 16 times this
     TOTAL_SECONDS = 120.0    # no new try is begun after this
-    LONGEST_WAIT = 10.0      # a longer retry delay is the client's to wait
+    LONGEST_WAIT = 5.0       # a longer retry delay is the client's to wait: it needs to see the 429
 
     def __init__(self, config: Config, metrics: Metrics) -> None:
         self.keys = KeyRing(config.keys or ("",))
@@ -2420,8 +2433,9 @@ class Gemini:
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
             self._opener.add_handler(handler)
-        self._lock = threading.Lock()  # protects the three below
+        self._lock = threading.Lock()  # protects the four below
         self._no_stream_until = 0.0
+        self._broken_streams = 0
         self._strict_tools = False
         self._token = ""
 
@@ -2443,7 +2457,7 @@ class Gemini:
                 change = self._repair(error, body, repaired)
                 if change is not None:
                     body = change
-                elif self._next_key(error, exchange):
+                elif self._next_key(error, exchange) or self._next_token(repaired):
                     pass
                 elif self._may_retry(error, failures, started):
                     failures += 1
@@ -2451,6 +2465,7 @@ class Gemini:
                 elif error.status in (404, 429, 529) and self._next_model(exchange):
                     body, failures, repaired = self._body(exchange), 0, set()
                 else:
+                    error.transient = False  # its tries are used up
                     raise
                 exchange.retries += 1
                 LOG.info("%s: asking again: %s", exchange.model, error.message)
@@ -2483,6 +2498,12 @@ class Gemini:
         seconds = 3600.0 if lasting else min(error.retry_after or 10.0, 3600.0)
         return self.keys.rest(exchange.key_number, exchange.model, seconds)
 
+    def _next_token(self, repaired: set) -> bool:
+        """Whether the bearer token was refused for the first time: the next try runs the command."""
+        renew = bool(self._config.gemini_token_command) and not self._token and "token" not in repaired
+        repaired.add("token")
+        return renew
+
     def _may_retry(self, error: ProxyError, failures: int, started: float) -> bool:
         """Only what may pass by itself: overload, faults, resets, short limits. Silence is not."""
         short = error.status == 429 and error.should_retry is not False and (error.retry_after or 0) <= self.LONGEST_WAIT
@@ -2491,9 +2512,10 @@ class Gemini:
 
     def _wait(self, exchange: Exchange, error: ProxyError, failures: int) -> None:
         """Full jitter, https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/."""
-        seconds = error.retry_after or secrets.SystemRandom().uniform(0, min(8.0, 0.5 * 2 ** failures))
+        seconds = error.retry_after or secrets.SystemRandom().uniform(
+            0, self.BACKOFF_SECONDS * min(16, 2 ** failures))
         if exchange.gone.wait(seconds):
-            raise ConnectionAbortedError("the client has left")
+            raise ProxyError(499, "the client has left")
 
     def _next_model(self, exchange: Exchange) -> bool:
         position = exchange.models.index(exchange.model) + 1
@@ -2512,30 +2534,44 @@ class Gemini:
         reply = self._post(exchange, body, "streamGenerateContent?alt=sse")
         try:
             if reply.status in (404, 405, 501):
-                refusal = reply.read(100000)
-                if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
-                    raise upstream_error(404, refusal, exchange.model)
-                chunks = self._whole(exchange, body)
-                first = next(chunks)
-                self._remember_no_stream()
-                yield first
+                yield from self._without_stream(exchange, body, reply)
                 return
             self._check(reply, exchange)
             if "event-stream" not in reply.headers.get("content-type", ""):
-                self._remember_no_stream()
+                self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
                 value = parse_upstream(reply.read())
-                yield from value if isinstance(value, list) else [value]
+                yield from self._checked(value if isinstance(value, list) else [value], exchange)
                 return
             yield from self._checked(chunks_from_sse(reply.pieces()), exchange)
+            self._broken_streams = 0
         except (OSError, http.client.HTTPException, ValueError) as exc:
+            self._note_broken_stream(exchange)
             raise broken(exc, exchange) from exc
         finally:
             reply.close()
 
-    def _remember_no_stream(self) -> None:
-        LOG.warning("the upstream does not stream: whole answers for the next %d s", self.REPLAY_SECONDS)
+    def _without_stream(self, exchange: Exchange, body: Json, reply: "Reply") -> Iterator[Json]:
+        """The stream endpoint is missing, or the model: the whole answer tells, and is remembered."""
+        refusal = reply.read(100000)
+        if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
+            raise self._error(404, refusal, exchange)
+        chunks = self._whole(exchange, body)
+        first = next(chunks)
+        self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
+        yield first
+
+    def _note_broken_stream(self, exchange: Exchange) -> None:
         with self._lock:
-            self._no_stream_until = time.monotonic() + self.REPLAY_SECONDS
+            self._broken_streams += not exchange.gone.is_set()
+            tripped = self._broken_streams >= self.BROKEN_STREAMS
+        if tripped:
+            self._broken_streams = 0
+            self._replay_for(self.BROKEN_SECONDS, "%d streams broke in a row" % self.BROKEN_STREAMS)
+
+    def _replay_for(self, seconds: float, reason: str) -> None:
+        LOG.warning("%s: whole answers for the next %d s", reason, seconds)
+        with self._lock:
+            self._no_stream_until = time.monotonic() + seconds
 
     def _whole(self, exchange: Exchange, body: Json) -> Iterator[Json]:
         reply = self._post(exchange, body, "generateContent")
@@ -2551,7 +2587,7 @@ class Gemini:
         if not 200 <= reply.status < 300:
             if reply.status == 401:
                 self._token = ""
-            raise upstream_error(reply.status, reply.read(100000), exchange.model)
+            raise self._error(reply.status, reply.read(100000), exchange)
 
     def _checked(self, chunks: Iterable[Any], exchange: Exchange) -> Iterator[Json]:
         """Pass chunks on; an error object among them, in a 200, is raised."""
@@ -2562,24 +2598,30 @@ class Gemini:
                 raise ValueError("not an object")
             if "error" in chunk:
                 code = google_error(chunk).get("code")
-                raise upstream_error(code if isinstance(code, int) and code >= 400 else 500, chunk, exchange.model)
+                raise self._error(code if isinstance(code, int) and code >= 400 else 500, chunk, exchange)
             yield chunk
+
+    def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
+        """An upstream error without the keys that Google may quote in it."""
+        error = upstream_error(status, raw, exchange.model)
+        for secret in self._config.keys + (exchange.client_key, self._token):
+            error.message = error.message.replace(secret, "[key]") if len(secret) > 7 else error.message
+        error.message = SECRETS.sub("[key]", error.message)
+        return error
 
     def _post(self, exchange: Exchange, body: Json, action: str) -> Reply:
         """The only place that talks to the network."""
-        if exchange.gone.is_set():
-            raise ConnectionAbortedError("the client has left")
         model = urllib.parse.quote(exchange.model, safe="/@")
         url = "%s/%s:%s" % (self._config.gemini_api_base, model if "/" in model else "models/" + model, action)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity",
                    "User-Agent": "claude_gemini_proxy/" + __version__}
         headers.update(self._auth(exchange))
         try:
-            reply = self._opener.open(urllib.request.Request(url, dump_json(body), headers), timeout=self._config.request_timeout)
-        except (OSError, http.client.HTTPException) as exc:
+            request = urllib.request.Request(url, dump_json(body), headers)
+            request.exchange = exchange
+            return self._opener.open(request, timeout=self._config.request_timeout)
+        except (OSError, http.client.HTTPException, ValueError) as exc:
             raise broken(exc, exchange) from exc
-        exchange.reply = reply
-        return reply
 
     def _auth(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
@@ -2619,7 +2661,7 @@ def parse_upstream(raw: bytes) -> Any:
 
 def broken(exc: Exception, exchange: Exchange) -> ProxyError:
     """A connection that failed, or an answer that is none -> ProxyError."""
-    reason = getattr(exc, "reason", None) or exc
+    reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
     if exchange.gone.is_set():
         return ProxyError(499, "the client has left")
     if isinstance(reason, socket.timeout):
@@ -2639,16 +2681,25 @@ def broken(exc: Exception, exchange: Exchange) -> ProxyError:
 
 def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retries: int,
             emit: Callable[..., None]) -> None:
-    """Ask, and ask again while the answer is of no use; every step's events go through `emit`."""
+    """Ask, and ask again while the answer is of no use; every step's events go through `emit`.
+
+    A stream that breaks is asked for again only while the client has been told nothing of it.
+    """
     for attempt in range(max_retries + 1):
         if attempt:
-            LOG.info("%s: an empty or malformed answer (%s): asking again", exchange.model, emitter.finish_reason)
             exchange.retries += 1
             emitter.again()
-        for chunk in upstream.chunks(exchange):
-            emit(emitter.feed, chunk)
+        try:
+            for chunk in upstream.chunks(exchange):
+                emit(emitter.feed, chunk)
+        except ProxyError as error:
+            if not error.transient or emitter.has_begun or attempt == max_retries:
+                raise
+            LOG.info("%s: asking again: %s", exchange.model, error.message)
+            continue
         if not emitter.is_useless:
             return
+        LOG.info("%s: an empty or malformed answer (%s)", exchange.model, emitter.finish_reason)
 
 
 class EventStream:
@@ -2748,6 +2799,10 @@ class Heartbeat:
             if stream:
                 stream.close()
 
+    @property
+    def watched(self) -> int:
+        return len(self._watched)
+
     def stop(self) -> None:
         self._stopped.set()
         if self._thread:
@@ -2784,8 +2839,10 @@ class ProxyServer(ThreadingHTTPServer):
         self.upstream = upstream or Gemini(config, self.metrics)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
+        self.draining = False
+        self._active_lock = threading.Lock()  # protects the two below
         self.active = 0
-        self._active_lock = threading.Lock()  # protects active
+        self.surplus: set = set()
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
 
@@ -2802,26 +2859,42 @@ class ProxyServer(ThreadingHTTPServer):
         host = self.server_name
         return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
 
+    SURPLUS = 64  # connections beyond MAX_CONNECTIONS that are still told so
+
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._active_lock:
-            free = self.active < self.config.max_connections
-            self.active += free
-        if free:
+            self.active += 1
+            over = self.active - self.config.max_connections
+            if over > 0:
+                self.surplus.add(request)
+        if over > self.SURPLUS:
+            self.forget(request)
+            self.shutdown_request(request)
+        else:
             super().process_request(request, client_address)
-            return
-        error = ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)." % self.config.max_connections,
-                           retry_after=2)
-        with contextlib.suppress(OSError):
-            request.settimeout(1)
-            request.sendall(http_response(529, dump_json(error.body(new_id("req_"))), error.headers(), close=True))
-        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._active_lock:
-                self.active -= 1
+            self.forget(request)
+
+    def forget(self, request: Any) -> None:
+        with self._active_lock:
+            self.active -= 1
+            self.surplus.discard(request)
+
+    def drain(self, seconds: float) -> None:
+        """Take no more work, and wait for the answers under way. Frees the port at once."""
+        self.draining = True
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the accepting thread at once
+        self.shutdown()
+        self.socket.close()
+        deadline = time.monotonic() + seconds
+        while self.heartbeat.watched and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
@@ -2849,13 +2922,56 @@ def http_response(status: int, body: bytes, headers: Mapping[str, str], close: b
     return "\r\n".join(lines + ["", ""]).encode("latin-1") + (body if send_body else b"")
 
 
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket until a moment, not for a while at a time: a client that sends a byte a minute
+    must not hold its thread for ever."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._deadline = 0.0
+
+    def allow(self, seconds: float) -> None:
+        self._deadline = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        usual = self._sock.gettimeout()
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        try:
+            return self._sock.recv_into(buffer)
+        finally:
+            self._sock.settimeout(usual)
+
+
 class ProxyHandler(BaseHTTPRequestHandler):
     """One client connection; the base class reads request lines and headers."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    timeout = 120  # seconds a client may be silent, or not take what is sent to it
+    timeout = 60                  # seconds a client may take for what is written at once
+    idle_seconds = 120.0          # between two requests
+    head_seconds = 20.0           # for a request's line and headers
+    body_seconds = 30.0           # for its body, and a second more for each 100 kB
     server: ProxyServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.reader = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.reader, 65536)
+
+    def handle_one_request(self) -> None:
+        try:
+            self.reader.allow(self.idle_seconds)
+            if not self.rfile.peek(1):
+                self.close_connection = True
+                return
+        except (ConnectionError, socket.timeout):
+            self.close_connection = True
+            return
+        self.reader.allow(self.head_seconds)
+        super().handle_one_request()
 
     def route(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
@@ -2865,11 +2981,12 @@ class ProxyHandler(BaseHTTPRequestHandler):
         try:
             path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).rstrip("/") or "/"
             methods = ROUTES.get(path) or (MODEL_ROUTE if path.startswith("/v1/models/") else None)
+            self.guard()
             if self.command == "HEAD":
                 self.respond(200 if methods else 404, b"")
                 return
             if methods is None:
-                raise ProxyError(404, "%s is not an address of this proxy; it serves /v1/messages" % path[:200])
+                raise ProxyError(404, "There is nothing at this address; this proxy serves /v1/messages.")
             if self.command not in methods:
                 raise ProxyError(405, "%s takes %s, not %s" % (path, " or ".join(methods), self.command))
             if path not in OPEN_PATHS:
@@ -2884,6 +3001,28 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.respond_error(ProxyError(500, "The proxy failed inside; its log says where (%s)." % self.request_id))
 
     do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = route
+
+    def guard(self) -> None:
+        """Refuse what a web page in the user's browser may send, and what there is no room for.
+
+        A page cannot forge these headers; programs do not send Origin or Sec-Fetch-Site. A Host that
+        is not ours on a loopback address is DNS rebinding.
+        """
+        host = self.headers.get("host") or ""
+        origin = self.headers.get("origin")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if origin is not None and origin != "http://" + host:
+            raise ProxyError(403, "Requests from web pages are refused (Origin: %s)." % origin[:100])
+        if self.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise ProxyError(403, "Requests from other web sites are refused (Sec-Fetch-Site).")
+        if host and is_loopback(self.server.config.host) and not is_loopback(name):
+            raise ProxyError(403, "Host: %s is not this proxy; it listens on %s." % (name[:100], self.server.url))
+        if self.connection in self.server.surplus:
+            raise ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)."
+                             % self.server.config.max_connections, retry_after=2)
+        if self.server.draining:
+            self.close_connection = True
+            raise ProxyError(529, "The proxy is shutting down.", retry_after=2)
 
     def authorize(self) -> None:
         """Compare the front token in constant time; either header will do, clients send both."""
@@ -2927,33 +3066,49 @@ class ProxyHandler(BaseHTTPRequestHandler):
             size = int(lengths[0])
             if size > limit:
                 raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)." % (size, limit))
-            body = self.rfile.read(size)
-            if len(body) < size:
-                raise ConnectionAbortedError("the client left within its body")
+            body = self.read_exactly(size)
         self.body_read = True
         return body
+
+    def read_exactly(self, size: int) -> bytes:
+        self.reader.allow(self.body_seconds + size / 100000)
+        try:
+            data = self.rfile.read(size)
+        except socket.timeout:
+            raise ProxyError(408, "The request's body took too long to arrive.") from None
+        if len(data) < size:
+            raise ConnectionAbortedError("the client left within its body")
+        return data
 
     def read_chunked(self, limit: int) -> bytes:
         pieces: List[bytes] = []
         total = 0
         while True:
-            size_line = self.rfile.readline(1000)
-            size = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n$", size_line)
+            line = self.read_line()
+            size = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n$", line)
             if not size:
                 raise invalid("Transfer-Encoding: a chunk's size is not a hexadecimal number.")
             length = int(size.group(1), 16)
             total += length
-            if total > limit:
+            if total > limit or len(pieces) > 100000:
                 raise ProxyError(413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)." % limit)
             if not length:
                 break
-            pieces.append(self.rfile.read(length))
-            if len(pieces[-1]) < length or self.rfile.read(2) != b"\r\n":
-                raise invalid("Transfer-Encoding: a chunk is shorter or longer than it says.")
-        for _ in range(100):  # trailers
-            if self.rfile.readline(8000) in (b"\r\n", b"\n", b""):
-                break
+            pieces.append(self.read_exactly(length + 2)[:-2])
+        while self.read_line() not in (b"\r\n", b"\n"):
+            pass  # trailers, within the time and size that read_line allows
         return b"".join(pieces)
+
+    def read_line(self) -> bytes:
+        self.line_bytes = getattr(self, "line_bytes", 0)
+        try:
+            line = self.rfile.readline(8000)
+        except socket.timeout:
+            raise ProxyError(408, "The request's body took too long to arrive.") from None
+        self.line_bytes += len(line)
+        if not line or self.line_bytes > 1 << 20:
+            raise invalid("Transfer-Encoding: the body ends too early, or holds too many lines.")
+        return line
 
     def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
                 content_type: str = "application/json") -> None:
@@ -2985,7 +3140,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.metrics.add("errors_total", status=str(error.status))
-        LOG.warning("%s %s: %d %s", self.request_id, self.command, error.status, error.message)
+        self.close_connection = self.close_connection or self.connection in self.server.surplus
+        LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
+                self.request_id, self.command, error.status, error.message)
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
@@ -3181,14 +3338,11 @@ def estimate_tokens(translation: Translation) -> int:
     return max(1, (len(json.dumps(translation.body)) - translation.media_bytes) // 4 + media)
 
 
-_SECRET_FIELDS = re.compile(r"(?i)(AIza|AQ\.)[\w.-]{10,}|\b(sk|key)-[\w-]{10,}")
-
-
 def shown_body(body: Json) -> str:
     """A body for the log: cut, and without anything that looks like a key."""
     text = json.dumps(body)
     text = text if len(text) <= 4000 else "%s ... (%d more) ... %s" % (text[:2500], len(text) - 4000, text[-1500:])
-    return _SECRET_FIELDS.sub("[redacted]", text)
+    return SECRETS.sub("[key]", text)
 
 
 # ---- 13. Program ----------------------------------------------------------------------------
@@ -3201,34 +3355,53 @@ class DemoModel:
 
     def chunks(self, exchange: Exchange) -> Iterator[Json]:
         body = exchange.translation.body
-        contents = body["contents"]
-        self._check_signatures(contents)
-        last = contents[-1]["parts"]
-        text = next((p["text"] for p in reversed(last) if p.get("text") and not p["text"].startswith("<system-reminder>")), "")
+        self._check_signatures(body["contents"])
+        last = body["contents"][-1]["parts"]
+        text = next((part["text"] for part in reversed(last) if part.get("text")
+                     and not part["text"].startswith("<system-reminder>")), "")
+        results = [part["functionResponse"]["response"] for part in last if "functionResponse" in part]
+        call = None if results else self._call(body, text)
+        if results:
+            parts = [{"text": "The command answered:\n\n%s" % next(iter(results[-1].values()))}]
+        elif call:
+            parts = [{"functionCall": dict(call, id=new_id("call_")),
+                      "thoughtSignature": self._sign(call["name"], call["args"])}]
+        else:
+            parts = [{"text": "This is the built-in demo model of claude_gemini_proxy: "},
+                     {"text": "no key, no network. You said: %s" % text[:200]}]
+        if body["generationConfig"].get("thinkingConfig", {}).get("includeThoughts"):
+            parts.insert(0, {"text": "**Reading**\n\nI look for a command to run.", "thought": True})
+        usage = {"promptTokenCount": len(json.dumps(body["contents"])) // 4,
+                 "candidatesTokenCount": len(json.dumps(parts)) // 4}
+        for i, part in enumerate(parts):
+            candidate: Json = {"content": {"role": "model", "parts": [part]}, "index": 0}
+            candidate.update({"finishReason": "STOP"} if i == len(parts) - 1 else {})
+            yield {"candidates": [candidate], "usageMetadata": usage}
+
+    def _call(self, body: Json, text: str) -> Optional[Json]:
+        """A call of the first function that takes a command, or of any if the client insists on one."""
         functions = [f for tool in body.get("tools", ()) for f in tool.get("functionDeclarations", ())]
+        calling = body.get("toolConfig", {}).get("functionCallingConfig", {})
         runner = next((f for f in functions if "command" in f["parametersJsonSchema"].get("properties", {})), None)
         command = re.search(r"`([^`\n]+)`", text) or re.search(
             r"(?i)\b(?:run|execute)\b(?: the)?(?: shell| bash)?(?: command)?:?\s+(.+)", text)
-        results = [p["functionResponse"]["response"] for p in last if "functionResponse" in p]
-        if results:
-            parts = [{"text": "The command answered:\n\n%s" % str(next(iter(results[-1].values()), ""))}]
-        elif runner and command:
-            args = {"command": command.group(1).strip()}
-            if "description" in runner["parametersJsonSchema"]["properties"]:
-                args["description"] = "Run what the user asked for"
-            parts = [{"functionCall": {"id": new_id("call_"), "name": runner["name"], "args": args},
-                      "thoughtSignature": self._sign(runner["name"], args)}]
-        else:
-            parts = [{"text": "This is the built-in demo model of claude_gemini_proxy: "},
-                      {"text": "no key, no network. You said: %s" % text[:200]}]
-        if body["generationConfig"].get("thinkingConfig", {}).get("includeThoughts"):
-            parts.insert(0, {"text": "**Reading the request**\n\nThe demo model looks for a command to run.", "thought": True})
-        counts = {"promptTokenCount": len(json.dumps(contents)) // 4, "candidatesTokenCount": len(json.dumps(parts)) // 4}
-        for i, part in enumerate(parts):
-            candidate: Json = {"content": {"role": "model", "parts": [part]}, "index": 0}
-            if i == len(parts) - 1:
-                candidate["finishReason"] = "STOP"
-            yield {"candidates": [candidate], "usageMetadata": counts}
+        if runner and command and calling.get("mode") != "NONE":
+            args = {"command": command.group(1).strip(), "description": "Run what the user asked for"}
+            known = runner["parametersJsonSchema"]["properties"]
+            return {"name": runner["name"], "args": {k: v for k, v in args.items() if k in known}}
+        if functions and calling.get("mode") == "ANY":
+            name = calling.get("allowedFunctionNames", [functions[0]["name"]])[0]
+            schema = next(f["parametersJsonSchema"] for f in functions if f["name"] == name)
+            return {"name": name, "args": self._sample(schema)}
+        return None
+
+    def _sample(self, schema: Json) -> Any:
+        """A value that fits a cleaned schema."""
+        if "enum" in schema or "anyOf" in schema:
+            return schema["enum"][0] if "enum" in schema else self._sample(schema["anyOf"][0])
+        if schema["type"] == "object":
+            return {name: self._sample(schema["properties"][name]) for name in schema.get("required", ())}
+        return {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": []}.get(schema["type"])
 
     def _check_signatures(self, contents: Sequence[Json]) -> None:
         for content in contents:
@@ -3270,18 +3443,29 @@ def export_lines(values: Mapping[str, str], shell: str) -> str:
     return "\n".join("export %s=%s" % (k, shlex.quote(v)) for k, v in values.items())
 
 
+GRACE_SECONDS = 30.0
+
+
 def serve(server: ProxyServer, demo: bool) -> int:
+    """Serve until SIGTERM or Ctrl-C; then finish what is under way. A second signal ends at once."""
     config = server.config
-    LOG.info("claude_gemini_proxy %s on %s, %s, %s", __version__, server.url,
-             "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config), resolve_model("claude-haiku", config)),
-             config.stream_mode)
-    signal.signal(signal.SIGTERM, lambda number, frame: threading.Thread(target=server.shutdown).start())
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
+    model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config),
+                                                        resolve_model("claude-haiku", config))
+    LOG.info("claude_gemini_proxy %s on %s, %s, %s", __version__, server.url, model, config.stream_mode)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    while not stop.wait(3600):
         pass
-    finally:
-        server.server_close()
+    LOG.info("finishing %d answers (a second signal ends at once)", server.heartbeat.watched)
+    server.drain(GRACE_SECONDS)
     return 0
 
 

@@ -18,17 +18,21 @@ not known to refuse, and that the proxy promises not to send. A reply of its scr
 """
 import ast
 import base64
+import contextlib
 import copy
 import dataclasses
 import http.client
 import importlib.util
+import io
 import itertools
 import json
 import logging
 import os
 import random
 import re
+import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -442,6 +446,7 @@ class FakeGemini:
     def __init__(self, script=repeat, port=0):
         self.script, self.requests, self.refusals = script, [], []
         self.issued, self.returned, self.real, self.dummies = {}, set(), 0, 0
+        self.connections = []
         self.lock, self.closing = threading.Lock(), threading.Event()  # the lock: for the two lines above
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads, self.server.fake = True, self
@@ -456,6 +461,13 @@ class FakeGemini:
         self.closing.set()
         self.server.shutdown()
         self.server.server_close()
+        self.close_idle()
+
+    def close_idle(self):
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.connections.clear()
 
     # for scripts
     def sign(self, *call):
@@ -537,6 +549,10 @@ def finished(chunk, body, model):
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # TCP_NODELAY
+
+    def setup(self):
+        super().setup()
+        self.server.fake.connections.append(self.connection)
 
     def log_message(self, *args):
         pass
@@ -742,6 +758,7 @@ class Running:
         settings.setdefault("gemini_api_base", self.fake.url)
         self.config = dataclasses.replace(CONFIG, **settings)
         self.server = proxy.make_server(self.config, upstream)
+        self.server.upstream.BACKOFF_SECONDS = 0.02
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -772,11 +789,11 @@ class Running:
             return status, json.loads(data)
         return status, events_of(data)
 
-    def raw(self, data, close=True):
+    def raw(self, data):
         """Bytes as they are -> everything that comes back until the proxy closes."""
         with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
             sock.sendall(data)
-            if close:
+            with contextlib.suppress(OSError):  # the proxy may have hung up already
                 sock.shutdown(socket.SHUT_WR)
             return b"".join(iter(lambda: sock.recv(65536), b""))
 
@@ -1609,7 +1626,368 @@ class EndToEnd(unittest.TestCase):
         self.assertIn("r " + id_, summary(r.ask(body)[1])[-1][1])
 
 
-# ---- 12. Promises ------------------------------------------------------------------------------------------
+# ---- 12. Faults, load, and who may come in -----------------------------------------------------------------
+def wait_for(test, seconds=5.0):
+    """Whether `test()` becomes true in time."""
+    deadline = time.monotonic() + seconds
+    while not test() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return test()
+
+
+def post_bytes(body, extra=b""):
+    data = json.dumps(body).encode()
+    return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n%sContent-Length: %d\r\n\r\n" % (extra, len(data)) + data
+
+
+class Faults(unittest.TestCase):
+    run_proxy = EndToEnd.run_proxy
+
+    def test_what_is_retried_and_what_is_not(self):
+        ok = [chunk("ok", finish="STOP")]
+        for first, calls, status in ((error_body(500, "Fault."), 2, 200), (error_body(504, "Deadline."), 2, 200), (["reset"], 2, 200), (["cut", chunk("x")], 2, 200),
+                                     ((200, {}, b"not json"), 2, 200), ((502, {}, b"<html>Bad gateway"), 2, 200), (error_body(400, "Wrong."), 1, 400),
+                                     (error_body(429, "Please retry in 0.2s."), 2, 200), (error_body(429, "Please retry in 40s."), 1, 429), (quota("PerDay"), 1, 429),
+                                     (error_body(403, "Leaked."), 1, 403), (error_body(402, "Credit."), 1, 402)):
+            for stream in (True, False):
+                with self.subTest(first, stream=stream):
+                    r = self.run_proxy([first, ok])
+                    self.assertEqual((r.ask(request(stream=stream))[0], len(r.fake.requests)), (status, calls))
+
+    def test_a_stream_that_breaks_before_anything_was_said_is_asked_for_again(self):
+        r = self.run_proxy([[chunk({"text": "hm", "thought": True}), "cut"], [chunk("ok", finish="STOP")]])
+        r.fake.script[0].insert(0, {"candidates": []})
+        self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "ok")])
+
+    def test_the_last_try_is_without_a_stream(self):
+        r = self.run_proxy(lambda body, m, path: ["reset"] if "stream" in path else chunk("ok", finish="STOP"))
+        self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "ok")])
+        self.assertEqual([q["action"] for q in r.fake.requests], ["streamGenerateContent"] * 2 + ["generateContent"])
+
+    def test_streams_that_keep_breaking_are_left_alone_for_a_minute(self):
+        r = self.run_proxy(lambda body, m, path: [chunk("a"), "cut"] if "stream" in path else chunk("whole", finish="STOP"))
+        for _ in range(3):
+            self.assertEqual(r.ask(request(stream=True))[1][-1]["type"], "error")
+        self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "whole")])
+
+    def test_half_a_tool_call_is_never_given_out(self):
+        half = json.dumps(chunk(BASH)).encode()
+        r = self.run_proxy(lambda *args: [chunk("a"), b"data: " + half[:60], "cut"])
+        events = r.ask(request(stream=True, tools=[TOOL]))[1]
+        self.assertEqual(events[-1]["type"], "error")
+        self.assertNotIn("tool_use", [e.get("content_block", {}).get("type") for e in events])
+
+    def test_a_stale_connection_is_replaced_silently(self):
+        r = self.run_proxy(max_retries=0)
+        r.ask(request())
+        r.fake.close_idle()
+        self.assertEqual(r.ask(request())[0], 200)
+
+    def test_keys_that_fail_rest_for_their_model(self):
+        def script(body, model_, path):
+            key = r.fake.requests[-1]["headers"]["x-goog-api-key"]
+            return quota("PerMinute") if key == "k1" and model_ == "gemini-3.8-flash" else error_body(400, "Wrong.") if key == "k3" else [chunk(key, finish="STOP")]
+        r = self.run_proxy(script, gemini_api_key="k1,k2,k3")
+        self.assertEqual(summary(r.ask(request())[1]), [("text", "k2")])       # k1 is at its limit
+        self.assertEqual(r.ask(request())[0], 400)                              # k3: a 400 is not the key's fault
+        self.assertEqual([summary(r.ask(request())[1]) for _ in range(1)], [[("text", "k2")]])
+        self.assertEqual(r.ask(request())[0], 400)
+        self.assertEqual(summary(r.ask(request(model="gemini-3.6-flash"))[1]), [("text", "k1")])
+        self.assertEqual(list(r.server.upstream.keys.resting()), ["1/gemini-3.8-flash"])
+
+    def test_fallback_models_answer_for_overload_and_not_found(self):
+        for trouble in (error_body(503, "Overloaded."), not_found("gemini-3.8-flash", "x")):
+            r = self.run_proxy(lambda body, m, path: trouble if m == "gemini-3.8-flash" else [chunk(m, finish="STOP")], fallback_models=("gemini-2.5-flash",), max_retries=0)
+            self.assertEqual(summary(r.ask(request(**THINK))[1]), [("text", "gemini-2.5-flash")])
+            self.assertEqual(r.fake.refusals, [])  # translated anew for the other family
+            self.assertIn(b'requests_total{model="gemini-2.5-flash"} 1', r.send("GET", "/metrics")[2])
+
+    def test_a_client_that_leaves_is_noticed_in_every_phase(self):
+        for stream, script in ((True, [chunk("a"), "hang"]), (True, ["hang"]), (False, ["hang"]), (True, error_body(429, "Please retry in 4s."))):
+            with self.subTest(stream=stream, script=script):
+                r = self.run_proxy(lambda *args: script, gemini_api_key="k1,k2", ping_interval=0.2)
+                with socket.create_connection(("127.0.0.1", r.port)) as sock:
+                    sock.sendall(post_bytes(request(stream=stream)))
+                    self.assertTrue(wait_for(lambda: r.fake.requests))
+                    time.sleep(0.1)
+                self.assertTrue(wait_for(lambda: not r.server.active, 3), "the thread stays")
+                self.assertEqual((r.server.heartbeat.watched, len(r.fake.requests)), (0, 1 if isinstance(script, list) else 2))
+
+    def test_two_hundred_slow_streams(self):
+        def script(body, model_, path):
+            n = int(body["contents"][0]["parts"][0]["text"])
+            return [chunk("%d " % n), 0.3, chunk("is "), 0.3] + (["cut"] if n % 4 == 0 else [chunk("done", finish="STOP")])
+        r = self.run_proxy(script, max_retries=0)
+        r.server.upstream.BROKEN_STREAMS = 1000
+        before, answers = threading.active_count(), {}
+
+        def client(n):
+            answers[n] = r.ask(request(str(n), stream=True))[1]
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(200)]
+        started = time.monotonic()
+        [t.start() for t in threads], [t.join(30) for t in threads]
+        self.assertLess(time.monotonic() - started, 15)
+        for n, events in answers.items():
+            if n % 4 == 0:
+                self.assertEqual(events[-1]["type"], "error")
+            else:
+                self.assertEqual(summary(check_grammar(events)), [("text", "%d is done" % n)])
+        self.assertEqual(len(answers), 200)
+        self.assertTrue(wait_for(lambda: r.server.active == 0))
+        r.server.upstream.close()
+        self.assertTrue(wait_for(lambda: threading.active_count() <= before + 1), threading.active_count())
+
+    def test_too_many_connections_are_told_at_once(self):
+        r = self.run_proxy(lambda *args: ["hang"], max_connections=2)
+        held = [socket.create_connection(("127.0.0.1", r.port)) for _ in range(2)]
+        self.assertTrue(wait_for(lambda: r.server.active == 2))
+        status, headers, data = r.send("POST", "/v1/messages", request())
+        self.assertEqual((status, json.loads(data)["error"]["type"], headers["retry-after"]), (529, "overloaded_error", "2"))
+        [s.close() for s in held]
+        self.assertTrue(wait_for(lambda: r.server.active == 0))
+        self.assertEqual(r.send("GET", "/health")[0], 200)
+
+    def test_slow_clients_are_cut_and_hold_up_nobody(self):
+        r = self.run_proxy()
+        saved = proxy.ProxyHandler.head_seconds, proxy.ProxyHandler.body_seconds, proxy.ProxyHandler.idle_seconds
+        self.addCleanup(lambda: (setattr(proxy.ProxyHandler, "head_seconds", saved[0]), setattr(proxy.ProxyHandler, "body_seconds", saved[1]),
+                                 setattr(proxy.ProxyHandler, "idle_seconds", saved[2])))
+        proxy.ProxyHandler.head_seconds = proxy.ProxyHandler.body_seconds = proxy.ProxyHandler.idle_seconds = 0.7
+        slow = [socket.create_connection(("127.0.0.1", r.port)) for _ in range(100)]
+        for i, sock in enumerate(slow):
+            sock.sendall((b"", b"POST /v1/mess", post_bytes(request())[:-5])[i % 3])
+        for _ in range(3):
+            time.sleep(0.2)
+            for i, sock in enumerate(slow):
+                if i % 3:
+                    sock.sendall(b"a")
+        self.assertEqual(r.ask(request())[0], 200)
+        self.assertTrue(wait_for(lambda: r.server.active == 0, 3), r.server.active)
+        answers = []
+        for sock in slow:
+            with contextlib.suppress(ConnectionError):
+                answers.append(sock.recv(100)[:12])
+            sock.close()
+        self.assertIn(b"HTTP/1.1 408", answers)
+
+    def test_browsers_are_refused_before_anything_reaches_gemini(self):
+        r = self.run_proxy()
+        own = "127.0.0.1:%d" % r.port
+        for headers, status in (({"Origin": "https://evil.example"}, 403), ({"Origin": "null"}, 403), ({"Sec-Fetch-Site": "cross-site"}, 403), ({"Sec-Fetch-Site": "same-site"}, 403),
+                                ({"Host": "evil.example"}, 403), ({"Host": "127.0.0.1.evil.example"}, 403), ({"Host": "localhost.evil.example:80"}, 403), ({"Origin": "http://localhost:1"}, 403),
+                                ({"Origin": "http://" + own}, 200), ({"Sec-Fetch-Site": "same-origin"}, 200), ({"Host": "localhost:%d" % r.port}, 200), ({"Host": "[::1]:1"}, 200)):
+            for method, path in (("POST", "/v1/messages"), ("GET", "/test-connection"), ("OPTIONS", "/v1/messages"), ("GET", "/health")):
+                got, head, data = r.send(method, path, request() if method == "POST" else None, **headers)
+                if status == 403:
+                    self.assertEqual(got, 403, (headers, path))
+                elif method != "OPTIONS":
+                    self.assertEqual(got, 200, (headers, path, data))
+                self.assertFalse([name for name in head if name.lower().startswith("access-control")])
+        self.assertEqual(len(r.fake.requests), 8)
+
+    def test_keys_and_tokens_are_nowhere_to_be_seen(self):
+        canary, token = "AIzaCANARY" + "x" * 30, "tok-CANARY-123456"
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        log = logging.getLogger("claude_gemini_proxy")
+        level = log.level
+        log.addHandler(handler), log.setLevel(logging.DEBUG)
+        self.addCleanup(lambda: (log.removeHandler(handler), log.setLevel(level)))
+        seen = []
+        for reply in (BAD_KEY, error_body(403, "Key %s was reported as leaked." % canary), error_body(429, "Quota of %s." % canary), (500, {}, canary.encode()), ["reset"], (200, {}, b"{" + canary.encode()),
+                      [chunk("a"), {"error": {"code": 503, "message": canary}}], error_body(400, "API key %s is wrong" % canary), [b"data: 5\r\n\r\n"], [{"candidates": 5}]):
+            r = self.run_proxy(lambda *args: reply, gemini_api_key=canary, proxy_auth_token=token, debug=True, max_retries=0)
+            for stream_ in (True, False):
+                seen.append(r.send("POST", "/v1/messages", request("my key is " + canary, stream=stream_), x_api_key=token)[2])
+            seen += [r.send("GET", path, None, authorization="Bearer " + token)[2] for path in ("/", "/metrics", "/health", "/test-connection", "/v1/models")]
+            seen += [r.send("GET", "/" + token + canary)[2], r.send("GET", "/", None, x_api_key=canary)[2], repr(r.config).encode(), repr(r.server.upstream).encode()]
+        text = stream.getvalue() + b"".join(seen).decode()
+        self.assertIn("upstream:", text)
+        for secret in (canary, token):
+            self.assertNotIn(secret, text)
+
+    def test_a_company_proxy_and_a_private_ca(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("ca.pem", CA), ("server.pem", SERVER)):
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write(text)
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(os.path.join(folder, "server.pem"))
+            fake = FakeGemini(repeat)
+            self.addCleanup(fake.__exit__)
+            fake.server.socket = context.wrap_socket(fake.server.socket, server_side=True)
+            tunnel = Tunnel()
+            self.addCleanup(tunnel.close)
+            self.addCleanup(fake.close_idle)
+            base = fake.url.replace("http://127.0.0.1", "https://localhost")
+            saved = {k: os.environ.get(k) for k in ("HTTPS_PROXY", "NO_PROXY", "no_proxy", "SSL_CERT_FILE")}
+            self.addCleanup(lambda: [os.environ.pop(k, None) if v is None else os.environ.__setitem__(k, v) for k, v in saved.items()])
+            os.environ.pop("no_proxy", None)
+            for settings, status, tunnelled in (({}, 500, 0), ({"SSL_CERT_FILE": "ca.pem"}, 200, 0), ({"SSL_CERT_FILE": "ca.pem", "HTTPS_PROXY": tunnel.url}, 200, 1),
+                                                ({"SSL_CERT_FILE": "ca.pem", "HTTPS_PROXY": tunnel.url, "NO_PROXY": "localhost"}, 200, 1)):
+                with self.subTest(settings):
+                    [os.environ.pop(k, None) for k in saved]
+                    os.environ.update({k: os.path.join(folder, v) if k == "SSL_CERT_FILE" else v for k, v in settings.items()})
+                    with Running(gemini_api_base=base, max_retries=0) as r:
+                        for _ in range(3):
+                            got, answer = r.ask(request())
+                            self.assertEqual(got, status, answer)
+                    self.assertEqual(len(tunnel.places), tunnelled)
+                    if status == 500:
+                        self.assertIn("SSL_CERT_FILE", answer["error"]["message"])
+            self.assertEqual(tunnel.places, ["localhost:%d" % fake.server.server_port])
+
+    def test_a_token_command_is_run_again_after_a_401(self):
+        command = "%s -c \"import time; print(time.time_ns())\"" % sys.executable
+        r = self.run_proxy([chunk("a"), error_body(401, "Expired.", "UNAUTHENTICATED"), chunk("b"), chunk("c")], gemini_api_key="", gemini_token_command=command)
+        self.assertEqual([r.ask(request())[0] for _ in range(3)], [200, 200, 200])
+        tokens = [q["headers"]["authorization"] for q in r.fake.requests]
+        self.assertEqual([tokens[0] == tokens[1], tokens[1] == tokens[2], tokens[2] == tokens[3]], [True, False, True])
+
+    def test_hostile_requests_leave_nothing_behind(self):
+        rng = random.Random(SEED + 3)
+        r = self.run_proxy(max_body_bytes=3 << 20)
+        errors = io.StringIO()
+        handler = logging.StreamHandler(errors)
+        log = logging.getLogger("claude_gemini_proxy")
+        log.addHandler(handler), log.setLevel(logging.ERROR)
+        self.addCleanup(lambda: (log.removeHandler(handler), log.setLevel(logging.CRITICAL)))
+        seeds = [post_bytes(case[1]) for case in REQUEST_CASES]
+        special = [b"[" * (2 << 20), b'{"model": "m", "max_tokens": %s}' % (b"9" * 5000), b'"\xed\xa0\x80"', rb'{"model":"\ud800","messages":[{"role":"user","content":"\udfff"}]}', b"{}" * 9, b"\x00" * 50]
+        seeds += [b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(b) + b for b in special]
+        words = [b"\r\n", b"\x00", b"\xff", b"Content-Length: 99\r\n", b"Transfer-Encoding: chunked\r\n", b"HTTP/1.1", b" ", b"/../", b"%2e%2e", b"{", b"\"", b"HEAD ", b"GET ", b"Expect: 100-continue\r\n", b"0\r\n\r\n", b"\xc3"]
+        for i in range(max(300, CASES // 5)):
+            data = rng.choice(seeds)
+            for _ in range(rng.randrange(4) if i >= len(seeds) else 0):
+                at = rng.randrange(min(len(data), 400) + 1)
+                data = data[:at] + rng.choice(words) + data[at + rng.randrange(8):]
+            try:
+                answer = r.raw(data)
+            except OSError:
+                continue
+            self.assertNotIn(b"Traceback", answer)
+            status = re.match(rb"HTTP/1\.1 (\d+) ", answer)
+            self.assertTrue(not answer or status, (SEED, data[:300], answer[:300]))
+            self.assertNotEqual(status and status.group(1), b"500", (SEED, data[:2000], answer[-500:]))
+        self.assertEqual(errors.getvalue(), "")
+        self.assertTrue(wait_for(lambda: r.server.active == 0))
+        self.assertEqual(r.ask(request())[0], 200)
+
+
+class Tunnel:
+    """A company's HTTP proxy that knows CONNECT and nothing else."""
+
+    def __init__(self):
+        self.places = []
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d" % self.server.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self.connect, args=(self.server.accept()[0],), daemon=True).start()
+
+    def connect(self, client):
+        head = b""
+        while b"\r\n\r\n" not in head:  # Python 3.8 sends it in pieces
+            head += client.recv(4096)
+        self.places.append(head.split()[1].decode())
+        target = socket.create_connection(("127.0.0.1", int(self.places[-1].split(":")[1])))
+        client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        for a, b in ((client, target), (target, client)):
+            threading.Thread(target=self.copy, args=(a, b), daemon=True).start()
+
+    def copy(self, a, b):
+        with contextlib.suppress(OSError):
+            for data in iter(lambda: a.recv(65536), b""):
+                b.sendall(data)
+        a.close(), b.close()
+
+    def close(self):
+        self.server.shutdown(socket.SHUT_RDWR)
+        self.server.close()
+
+
+# A certificate authority for these tests alone, and localhost's certificate with its key; valid until 2126.
+CA = """\
+-----BEGIN CERTIFICATE-----
+MIIBszCCAVmgAwIBAgIUPosf5OsOoPM1hwZkKr23tFIuHF0wCgYIKoZIzj0EAwIw
+JjEkMCIGA1UEAwwbY2xhdWRlX2dlbWluaV9wcm94eSB0ZXN0IENBMCAXDTI2MTEy
+MTAyMTMzOFoYDzIxMjYxMDI4MDIxMzM4WjAmMSQwIgYDVQQDDBtjbGF1ZGVfZ2Vt
+aW5pX3Byb3h5IHRlc3QgQ0EwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAARQhAxn
+CN8Yguo8t/ENmWx8yl/X77Ua+/xA/zHwTaysy3QXqjAODz0ygwlMz5JceBMs3Fhj
+H2LAo+/WJus6j0jBo2MwYTAdBgNVHQ4EFgQU6GbPHF4Lfv7cEH4tcxmeh5oXTiEw
+HwYDVR0jBBgwFoAU6GbPHF4Lfv7cEH4tcxmeh5oXTiEwDwYDVR0TAQH/BAUwAwEB
+/zAOBgNVHQ8BAf8EBAMCAgQwCgYIKoZIzj0EAwIDSAAwRQIhAL4GUtNqvbPrxDfs
+Fdhp9/deR1KAVH8lbxQEbFlkSNozAiA4ZJb8Ss4NORZF/C5QhxSO9o5/FKX7kzyj
+A5mlHpOWrQ==
+-----END CERTIFICATE-----
+"""
+SERVER = """\
+-----BEGIN CERTIFICATE-----
+MIIBuzCCAWKgAwIBAgIUe2ZUaChupWcbqTHeFGQjrNjGbnwwCgYIKoZIzj0EAwIw
+JjEkMCIGA1UEAwwbY2xhdWRlX2dlbWluaV9wcm94eSB0ZXN0IENBMCAXDTI2MTEy
+MTAyMTU0MloYDzIxMjYxMDI4MDIxNTQyWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3Qw
+WTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAATQF0k20OAB9w/FnVj0mBoHawYqXNc1
+MDYyAv0mvGVCc/Yo5DmPt330hGYd530WChiU8fPM4u1tc3bNGO5VCsfQo34wfDAa
+BgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCQYDVR0TBAIwADATBgNVHSUEDDAK
+BggrBgEFBQcDATAdBgNVHQ4EFgQUjRGqW5XebXEV35/a+kLInRbnf24wHwYDVR0j
+BBgwFoAU6GbPHF4Lfv7cEH4tcxmeh5oXTiEwCgYIKoZIzj0EAwIDRwAwRAIgSfuD
+j4RRykjmQenVRN8KfxGgujZF7Rfcn4kWZ1tOUGgCIBLnPRGym+WjJFJFb5A8XA/r
+hV24hqKAV0QnP1uyL/Ri
+-----END CERTIFICATE-----
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg/yLWLRFylNyvXH8M
+NEOzP6SFsnJ1kj0Rhfm3TQMXnJyhRANCAATQF0k20OAB9w/FnVj0mBoHawYqXNc1
+MDYyAv0mvGVCc/Yo5DmPt330hGYd530WChiU8fPM4u1tc3bNGO5VCsfQ
+-----END PRIVATE KEY-----
+"""
+
+
+class Signals(unittest.TestCase):
+    """The program as a process: SIGTERM and Ctrl-C."""
+
+    def start(self, fake):
+        environment = {"PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": fake.url, "PORT": "0", "no_proxy": "*"}
+        process = subprocess.Popen([sys.executable, proxy.__file__], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tempfile.gettempdir())
+        self.addCleanup(lambda: (process.kill(), process.wait(), process.stderr.close()))
+        port = int(re.search(rb"127\.0\.0\.1:(\d+)", process.stderr.readline()).group(1))
+        return process, port
+
+    def test_running_answers_finish_and_the_port_is_free_at_once(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with FakeGemini(lambda *args: [chunk("a"), 0.7, chunk("b", finish="STOP")]) as fake:
+                process, port = self.start(fake)
+                with socket.create_connection(("127.0.0.1", port)) as sock, socket.create_connection(("127.0.0.1", port)) as idle:
+                    sock.sendall(post_bytes(request(stream=True), b"Connection: close\r\n"))
+                    first = sock.recv(100)
+                    process.send_signal(number)
+                    time.sleep(0.2)
+                    with socket.socket() as again:
+                        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                        again.bind(("127.0.0.1", port))
+                    idle.sendall(post_bytes(request()))
+                    self.assertIn(b" 529 ", idle.recv(100))
+                    rest = first + b"".join(iter(lambda: sock.recv(65536), b""))
+                self.assertIn(b"message_stop", rest)
+                self.assertEqual(process.wait(5), 0)
+
+    def test_a_second_signal_ends_at_once(self):
+        with FakeGemini(lambda *args: [chunk("a"), "hang"]) as fake:
+            process, port = self.start(fake)
+            with socket.create_connection(("127.0.0.1", port)) as sock:
+                sock.sendall(post_bytes(request(stream=True)))
+                sock.recv(100)
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.2)
+                self.assertIsNone(process.poll())
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(5), 128 + signal.SIGTERM)
+
+
+# ---- 13. Promises ------------------------------------------------------------------------------------------
 def child(*args, **environment):
     """Run the program in an empty folder with only this environment -> (status, output)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -1696,7 +2074,7 @@ class Promises(unittest.TestCase):
         self.assertIn("built-in demo model", output)
 
 
-# ---- 13. Program -------------------------------------------------------------------------------------------
+# ---- 14. Program -------------------------------------------------------------------------------------------
 def bench():
     """Print what the proxy adds to direct requests; asserts nothing."""
     import platform
