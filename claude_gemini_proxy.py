@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import binascii
 import contextlib
 import dataclasses
 import fnmatch
@@ -41,7 +40,6 @@ import io
 import json
 import logging
 import math
-import mimetypes
 import os
 import re
 import secrets
@@ -162,6 +160,8 @@ CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
 # Media that a functionResponse may hold (3 and later):
 # https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
 RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
+URL_TYPES = MappingProxyType({"png": "image/png", "webp": "image/webp", "heic": "image/heic",
+                              "pdf": "application/pdf", "txt": "text/plain"})
 MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
                ("application/pdf", b"%PDF"))
 
@@ -222,9 +222,10 @@ class ProxyError(Exception):
         self.code = code
 
     def under(self, path: str) -> "ProxyError":
-        """Return the same error with its path completed: `.id: wrong` under `messages[0]`."""
-        joined = path + self.message if self.message[:1] in (".", "[", ":") else self.message
-        return ProxyError(self.status, joined, self.retry_after, self.should_retry, self.type)
+        """Complete the path of the message: `.id: wrong` under `messages[0]`."""
+        if self.message[:1] in (".", "[", ":"):
+            self.message = path + self.message
+        return self
 
     def headers(self) -> Dict[str, str]:
         out = {}
@@ -246,6 +247,8 @@ def invalid(message: str) -> ProxyError:
     return ProxyError(400, message)
 
 
+# What looks like a key of Google's or of another provider's; upstreams quote them in errors.
+SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
 _OVERFLOW = re.compile(r"input token count\D*?(?:\((\d+)\) )?exceeds the maximum number of tokens allowed\D*(\d+)")
 _RETRY_IN = re.compile(r"retry in (?:(\d+)h)?(?:(\d+)m(?!s))?([\d.]+)(ms|s)")
 _MARKUP = re.compile(r"(?s)<(style|script|title)\b.*?</\1>|<[^>]+>")
@@ -276,10 +279,10 @@ def upstream_error(status: int, raw: Any, model: str = "") -> ProxyError:
     Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recorded bodies.
     """
     error = google_error(raw)
-    message = " ".join(str(error.get("message") or "").split())[:600] or "no reason given"
-    details = [d for d in error.get("details") or [] if isinstance(d, dict)]
+    message = SECRETS.sub("[key]", " ".join(str(error.get("message") or "").split()))[:600] or "no reason given"
+    details = _dicts(error.get("details"))
     if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
-        return ProxyError(403, "The upstream refused the key: %s (check GEMINI_API_KEY)" % message,
+        return ProxyError(403, "The upstream refused the key: %s (see GEMINI_API_KEY in the README)" % message,
                           should_retry=False)
     if status == 404:
         return ProxyError(404, "model: %s" % model if model else message)
@@ -292,6 +295,11 @@ def upstream_error(status: int, raw: Any, model: str = "") -> ProxyError:
     if status >= 500 and status != 501:
         return ProxyError(500, "Gemini answered %d: %s" % (status, message), transient=True)
     return _refusal(status, message, str(details))
+
+
+def _dicts(value: Any) -> List[Json]:
+    """The objects of a list; nothing if it is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _refusal(status: int, message: str, details: str) -> ProxyError:
@@ -313,14 +321,14 @@ def _quota_error(message: str, details: Sequence[Json]) -> ProxyError:
 
     RetryInfo is misleading on daily quotas (hours, and still blocked after), so it is not passed on.
     """
-    violations = [v for d in details for v in d.get("violations") or [] if isinstance(v, dict)]
+    violations = [violation for detail in details for violation in _dicts(detail.get("violations"))]
     quota_ids = " ".join(str(v.get("quotaId")) for v in violations)
     values = {str(v.get("quotaValue")) for v in violations}
-    values |= {str((d.get("metadata") or {}).get("quota_limit_value")) for d in details}
+    values |= {str(d["metadata"].get("quota_limit_value")) for d in details if isinstance(d.get("metadata"), dict)}
     if "PerDay" in quota_ids or "Daily" in quota_ids or "per day" in message:
         return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
                           should_retry=False)
-    if "0" in values or "limit: 0," in message:
+    if "0" in values or re.search(r"limit: 0\b(?!\.)", message):
         return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
                           should_retry=False)
     return ProxyError(429, "Gemini's rate limit: %s" % message, retry_after=_retry_delay(message, details) or 10)
@@ -342,7 +350,6 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
 # ---- 3. Settings (pure) ---------------------------------------------------------------------
 
 _GEMINI_KEY = re.compile(r"AIza[\w-]{35}|AQ\.[\w.-]{20,}")
-SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
 _CLAUDE_NAME = re.compile(r"(?i)claude|opus|sonnet|haiku|fable|mythos|^(default|best|inherit)$")
 
 
@@ -350,8 +357,15 @@ def _text(value: str) -> str:
     return value.strip()
 
 
+def _secret(value: str) -> str:
+    """Keys go into headers: anything but printable ASCII in them is a slip of copy and paste."""
+    if not re.match(r"[!-~]+(\s*,\s*[!-~]+)*,?$", value.strip()):
+        raise ValueError("must be printable ASCII without white space")
+    return value.strip()
+
+
 def _base_url(value: str) -> str:
-    if not re.match(r"https?://[^/?#@\s]+[^?#\s]*$", value):
+    if not re.match(r"https?://[^/?#@\s]+(/[^?#@\s]*)?$", value):
         raise ValueError("must look like https://host/v1beta")
     return value.rstrip("/")
 
@@ -451,12 +465,12 @@ class Config:
     """
 
     gemini_api_key: str = field(default="", repr=False, metadata=dict(
-        parse=_text, secret=True, also=(("GOOGLE_API_KEY", _text), ("API_KEYS", _key_list),
+        parse=_secret, secret=True, also=(("GOOGLE_API_KEY", _text), ("API_KEYS", _key_list),
                                         ("ANTHROPIC_AUTH_TOKEN", _gemini_key_only)),
         help="Gemini key, or several separated by commas"))
     gemini_api_base: str = field(default="https://generativelanguage.googleapis.com/v1beta", metadata=dict(
         parse=_base_url, also=(("GOOGLE_GEMINI_BASE_URL", lambda root: root.rstrip("/") + "/v1beta"),
-                               ("GEMINI_ENDPOINT", lambda host: "https://%s/v1beta" % host)),
+                               ("GEMINI_ENDPOINT", lambda host: "https://%s/v1beta" % host.split("//")[-1].strip("/"))),
         help="where Gemini is, with the version"))
     gemini_auth_type: str = field(default="api-key", metadata=dict(
         parse=_auth_type, help="api-key (x-goog-api-key) or bearer (Authorization)"))
@@ -469,7 +483,7 @@ class Config:
         parse=_port, also=(("PROXY_LISTEN_ADDR", lambda address: address.rpartition(":")[2]),),
         help="port to listen on; 0 takes a free one"))
     proxy_auth_token: str = field(default="", repr=False, metadata=dict(
-        parse=_text, secret=True, help="token that clients must send, as x-api-key or Bearer"))
+        parse=_secret, secret=True, help="token that clients must send, as x-api-key or Bearer"))
     client_keys: bool = field(default=False, metadata=dict(
         parse=_bool, help="true: each client's token is its own Gemini key"))
     default_gemini_model: str = field(default="gemini-3.8-flash", metadata=dict(
@@ -517,6 +531,11 @@ class Config:
         parse=_log_level, help="debug, info, warning or error"))
     debug: bool = field(default=False, metadata=dict(
         parse=_bool, help="true: log both bodies, cut and without keys"))
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and not self.proxy_auth_token:
+            raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
+                             "or leave HOST at 127.0.0.1" % self.host)
 
     @property
     def keys(self) -> Tuple[str, ...]:
@@ -594,11 +613,7 @@ def load_config(flags: Mapping[str, Any], *environments: Mapping[str, str]) -> C
                 shown = "" if row.metadata.get("secret") else ", not %r" % value
                 reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
                 raise ValueError("%s %s%s" % (name, reason, shown)) from None
-    config = Config(**values)
-    if not is_loopback(config.host) and not config.proxy_auth_token:
-        raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
-                         "or leave HOST at 127.0.0.1" % config.host)
-    return config
+    return Config(**values)
 
 
 def is_loopback(host: str) -> bool:
@@ -614,22 +629,29 @@ def resolve_model(requested: str, config: Config) -> str:
     """The Gemini model that answers for a requested name. Unknown names get the default: lists of
     Claude's names age in weeks. Raises ProxyError 404 for names that could leave the URL's path."""
     name = _LONG_CONTEXT.sub("", requested.strip())
-    mapped = next((target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern)), "")
-    target = config.anthropic_model or mapped or name
-    own = _OWN_NAME.match(target)
+    mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
+    target = config.anthropic_model or next(mapped, "")
+    if not target:
+        target = name if _OWN_NAME.match(name) else tier_model(name.lower(), config)
+    return own_name(target)
+
+
+def tier_model(name: str, config: Config) -> str:
+    """The model configured for a tier of Claude's, by a word in the requested name."""
     big = config.big_model or config.default_gemini_model
-    if own:
-        target = own.group(1)
-    elif not (config.anthropic_model or mapped):
-        lower = name.lower()
-        target = (config.small_model if "haiku" in lower else
-                  config.opus_model or big if "opus" in lower else
-                  config.sonnet_model or big if "sonnet" in lower else
-                  big if _CLAUDE_NAME.search(lower) else config.default_gemini_model)
-    target = _LONG_CONTEXT.sub("", target)
-    if not _MODEL_NAME.fullmatch(target):
-        raise ProxyError(404, "model: %s" % requested[:200])
-    return target
+    tiers = (("haiku", config.small_model), ("opus", config.opus_model or big),
+             ("sonnet", config.sonnet_model or big))
+    default = big if _CLAUDE_NAME.search(name) else config.default_gemini_model
+    return next((model for word, model in tiers if word in name), default)
+
+
+def own_name(target: str) -> str:
+    """A target model as the upstream's URL has it: no `models/` or `claude-` before it, no `[1m]` behind."""
+    found = _OWN_NAME.match(target)
+    name = _LONG_CONTEXT.sub("", found.group(1) if found else target)
+    if not _MODEL_NAME.fullmatch(name):
+        raise ProxyError(404, "model: %s" % target[:200])
+    return name
 
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
@@ -726,11 +748,13 @@ class Translation(NamedTuple):
     body: Json
     names: Dict[str, str]        # declared function name -> the client's tool name
     schemas: Dict[str, Any]      # the client's tool name -> its input_schema
+    session: str                 # for text_key
     thinking: str                # "" (off), "shown" or "omitted"
     single_call: bool            # the client wants one tool call at a time
     signatures: Counter          # how the history's calls were signed: hit, carried, dummy
     notes: List[str]             # what was left out, for the log
-    media_bytes: int             # base64 characters in the body, which are not text tokens
+    media: int                   # images and documents in the body,
+    media_bytes: int             # and their base64 characters, which are not text tokens
 
 
 class Call(NamedTuple):
@@ -747,11 +771,12 @@ class History:
     def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]]) -> None:
         self.rule = rule
         self.lookup = lookup
+        self.session = ""                         # what its first text is, as a hash
         self.signatures: Counter = Counter()
         self.loaded: Dict[str, bool] = {}         # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
         self.effort = ""
-        self.media_bytes = 0
+        self.media = self.media_bytes = 0
         self.calls: List[Call] = []
         self.carried = ""
 
@@ -776,11 +801,14 @@ def to_gemini(request: Json, model: str, config: Config,
     history = History(rule, lookup)
     notes: List[str] = []
     system, turns = to_turns(request, history)
+    first_texts = (block.get("text") for _, blocks in turns[:1] for _, block in blocks)
+    history.session = short_hash(str(next(first_texts, ""))[:4000])
     contents = to_contents(turns, history)
     tools = offered_tools(request, history)
     functions, built_in = gemini_tools(tools, rule, notes)
-    thinking, thinking_config = thinking_from(request, history.effort, rule)
-    generation = generation_config(request, rule, thinking, config)
+    limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
+    thinking, thinking_config = thinking_from(request, history.effort, rule, limit)
+    generation = generation_config(request, limit, bool(thinking) or rule.can_stop_thinking)
     if thinking_config:
         generation["thinkingConfig"] = thinking_config
     format_hint, format_fields = answer_format(request, bool(functions or built_in), rule)
@@ -792,9 +820,9 @@ def to_gemini(request: Json, model: str, config: Config,
     names = {declared["name"]: tool["name"] for declared, tool in functions}
     body.update(tool_fields(functions, built_in, request.get("tool_choice") or {}, names))
     return Translation(
-        body, names, {tool["name"]: tool.get("input_schema") for _, tool in functions}, thinking,
+        body, names, {tool["name"]: tool.get("input_schema") for _, tool in functions}, history.session, thinking,
         bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use")), history.signatures,
-        notes, history.media_bytes)
+        notes, history.media, history.media_bytes)
 
 
 def to_turns(request: Json, history: History) -> Tuple[List[str], List[Tuple[str, list]]]:
@@ -819,7 +847,8 @@ def to_turns(request: Json, history: History) -> Tuple[List[str], List[Tuple[str
                           % (path, json.dumps(role)[:80]))
         summaries = [k for k, (_, b) in enumerate(blocks) if b["type"] == "compaction" and b.get("content")]
         if summaries:  # a summary stands for everything before it
-            turns, role, blocks = [], "user", blocks[summaries[-1]:]
+            turns = [("user", [blocks[summaries[-1]]])]
+            blocks = blocks[summaries[-1] + 1:]
         if turns and turns[-1][0] == role:
             turns[-1][1].extend(blocks)
         elif blocks:
@@ -913,7 +942,10 @@ def model_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Js
     for path, block in blocks:
         parts += part_of(path, block, history, MODEL_PARTS)
     calls = [part for part in parts if "functionCall" in part]
-    if calls and history.rule.generation > 2 and not any("thoughtSignature" in part for part in calls):
+    signed = [part for part in calls if "thoughtSignature" in part]
+    for part in signed[1:]:  # two steps that lost what stood between them
+        del part["thoughtSignature"]
+    if calls and not signed and history.rule.generation > 2:
         calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
         history.signatures["dummy"] += 1
     return parts
@@ -994,20 +1026,21 @@ def text_parts(block: Json, history: History) -> List[Json]:
 def model_text_parts(block: Json, history: History) -> List[Json]:
     """Text of an earlier answer, with the signature that came with it."""
     parts = text_parts(block, history)
-    signature = history.lookup(text_key(parts[0]["text"])) if parts else None
+    signature = history.lookup(text_key(parts[0]["text"], history.session)) if parts else None
     if signature:
         parts[0]["thoughtSignature"] = signature
     return parts
 
 
-def text_key(text: str) -> str:
-    """Key of a text's signature in the cache."""
-    return "text:" + hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+def text_key(text: str, session: str) -> str:
+    """Key of a text's signature in the cache. `session` keeps conversations apart that say the same."""
+    digest = hashlib.blake2b((session + text).encode("utf-8", "replace"), digest_size=16)
+    return "text:" + digest.hexdigest()
 
 
 def thinking_parts(block: Json, history: History) -> List[Json]:
-    """Take over the signature that a thinking block of ours carries. Its text is not sent back:
-    Gemini does not want summaries. Signatures of other origin are dropped, Gemini refuses them."""
+    """Take over the signature that a thinking block of ours carries. Its text goes back only where
+    the thought itself was signed. Signatures of other origin are dropped: Gemini refuses them."""
     signature = block.get("signature")
     if not isinstance(signature, str) or not signature.isascii():
         return []
@@ -1073,7 +1106,7 @@ def document_parts(block: Json, history: History) -> List[Json]:
     titles = [str(block[key]) for key in ("title", "context") if block.get(key)]
     head = [{"text": "\n".join(titles)}] if titles else []
     if source.get("type") == "text":
-        body = text_parts({"text": source.get("data")}, history)
+        body = text_parts({"text": expect(source.get("data"), (str,), ".source.data")}, history)
     elif source.get("type") == "content":
         body = [part for at, inner in blocks_of(source.get("content"), ".source.content")
                 for part in part_of(at, inner, history, USER_PARTS)]
@@ -1081,7 +1114,7 @@ def document_parts(block: Json, history: History) -> List[Json]:
         data = expect(source.get("data"), (str,), ".source.data")
         try:
             body = [{"text": base64.b64decode(data).decode("utf-8", "replace")}]
-        except binascii.Error:
+        except ValueError:
             raise invalid(".source.data: is not base64") from None
     else:
         body = [media_part(source, "pdf", "application/pdf", history)]
@@ -1102,7 +1135,8 @@ def media_part(source: Json, what: str, default_type: str, history: History) -> 
                               what, default_type, history)
         if not re.match(r"(?i)(https?|gs)://\S+$", url):
             raise invalid(".source.url: must be an http, https, gs or data URL")
-        mime = mimetypes.guess_type(urllib.parse.urlsplit(url).path)[0] or default_type
+        suffix = re.sub(r"[?#].*", "", url).rpartition(".")[2].lower()
+        mime = URL_TYPES.get(suffix, default_type)
         return {"fileData": {"mimeType": mime, "fileUri": url}}
     if kind == "file":
         raise invalid(".source: file ids need Anthropic's Files API, which Gemini does not have; send base64")
@@ -1111,17 +1145,18 @@ def media_part(source: Json, what: str, default_type: str, history: History) -> 
     data = expect(source.get("data"), (str,), ".source.data")
     if not data:
         raise invalid(".source.data: %s cannot be empty" % what)
-    if not is_base64(data):
+    if not is_base64(data) or len(data.rstrip("=")) % 4 == 1:
         data = "".join(data.split())
-        if not is_base64(data):
+        if not is_base64(data) or len(data.rstrip("=")) % 4 == 1:
             raise invalid(".source.data: could not process %s: it is not base64" % what)
     mime = str(source.get("media_type") or default_type)
     if what == "image":  # clients name the wrong type often enough, and Gemini believes them
-        head = base64.b64decode(data[:32].replace("-", "+").replace("_", "/").rstrip("=") + "===")
+        head = base64.urlsafe_b64decode(data[:16].replace("+", "-").replace("/", "_")) if len(data) > 15 else b""
         mime = next((name for name, magic in MAGIC_BYTES if head.startswith(magic)), mime)
         if mime == "image/gif":
             raise invalid(".source.media_type: could not process image: Gemini does not take image/gif; "
                           "send PNG, JPEG, WEBP, HEIC or HEIF")
+    history.media += 1
     history.media_bytes += len(data)
     return {"inlineData": {"mimeType": mime, "data": data}}
 
@@ -1143,8 +1178,9 @@ def server_result_parts(block: Json, history: History) -> List[Json]:
     if isinstance(content, list) and any(isinstance(r, dict) and r.get("url") for r in content):
         lines = ["- %s: %s" % (r.get("title"), r.get("url")) for r in content if isinstance(r, dict)]
         return [{"text": "Sources found:\n" + "\n".join(lines)}]
-    for reference in content.get("tool_references") or [] if isinstance(content, dict) else []:
-        tool_reference_parts(reference, history)
+    if isinstance(content, dict):
+        for reference in _dicts(content.get("tool_references")):
+            tool_reference_parts(reference, history)
     return [{"text": "[%s: %s]" % (block["type"], json.dumps(content))}]
 
 
@@ -1170,8 +1206,8 @@ def tool_change_parts(block: Json, history: History) -> List[Json]:
 
 
 def compaction_parts(block: Json, history: History) -> List[Json]:
-    for i, change in enumerate(block.get("tool_changes") or []):
-        part_of(".tool_changes[%d]" % i, change, history, USER_PARTS)
+    for at, change in blocks_of(block.get("tool_changes"), ".tool_changes"):
+        part_of(at, change, history, USER_PARTS)
     content = block.get("content")
     return [{"text": "Summary of the conversation so far:\n%s" % content}] if isinstance(content, str) else []
 
@@ -1187,7 +1223,7 @@ def refused_parts(block: Json, history: History) -> List[Json]:
 def other_parts(block: Json, history: History) -> List[Json]:
     """Blocks that nobody knew when this was written are shown to the model as they are."""
     shown = {key: value for key, value in block.items() if key != "cache_control"}
-    return [{"text": json.dumps(shown)[:20000]}]
+    return [{"text": json.dumps(shown)}]
 
 
 USER_PARTS = MappingProxyType({
@@ -1270,7 +1306,7 @@ def search_hints(tools: Sequence[Json]) -> List[str]:
         if str(tool.get("type")).startswith("web_search_"):
             for key, sentence in (("allowed_domains", "Search and cite only these sites: %s."),
                                   ("blocked_domains", "Never search or cite these sites: %s.")):
-                if tool.get(key):
+                if isinstance(tool.get(key), list) and tool[key]:
                     hints.append(sentence % ", ".join(map(str, tool[key])))
     return hints
 
@@ -1317,7 +1353,7 @@ def answer_format(request: Json, has_tools: bool, rule: ModelRule) -> Tuple[List
     return [hint], fields if rule.generation > 2 else {}
 
 
-def thinking_from(request: Json, message_effort: str, rule: ModelRule) -> Tuple[str, Json]:
+def thinking_from(request: Json, message_effort: str, rule: ModelRule, limit: int) -> Tuple[str, Json]:
     """thinking and effort -> ("", "shown" or "omitted", thinkingConfig).
 
     Thinking that is off wins over any effort; a model that cannot stop gets its lowest setting.
@@ -1335,8 +1371,8 @@ def thinking_from(request: Json, message_effort: str, rule: ModelRule) -> Tuple[
         config["thinkingLevel"] = EFFORT_LEVELS.get(effort, by_budget)
     elif not rule.levels:
         wanted = EFFORT_BUDGETS.get(effort, budget)
-        room = (request.get("max_tokens") or OUTPUT_LIMIT) - 1024
-        config["thinkingBudget"] = max(rule.budget[0], min(wanted, rule.budget[1], room)) if wanted else -1
+        most = min(wanted, rule.budget[1], limit - 1024)  # thoughts count as output
+        config["thinkingBudget"] = max(rule.budget[0], most) if wanted else -1
     return "omitted" if thinking.get("display") == "omitted" else "shown", config
 
 
@@ -1346,12 +1382,9 @@ def _least_thinking(rule: ModelRule) -> Json:
     return {"thinkingBudget": 0 if rule.can_stop_thinking else rule.budget[0]} if rule.budget[1] else {}
 
 
-def generation_config(request: Json, rule: ModelRule, thinking: str, config: Config) -> Json:
-    """Sampling, stops and the token limit, capped to what the model gives."""
-    wanted = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
-    if not thinking and not rule.can_stop_thinking:
-        wanted += THINKING_HEADROOM  # its unwanted thoughts count too
-    generation: Json = {"maxOutputTokens": min(wanted, OUTPUT_LIMIT)}
+def generation_config(request: Json, limit: int, as_wanted: bool) -> Json:
+    """Sampling, stops and the token limit; with head-room if there will be unwanted thoughts."""
+    generation: Json = {"maxOutputTokens": min(limit if as_wanted else limit + THINKING_HEADROOM, OUTPUT_LIMIT)}
     for name, target in (("temperature", "temperature"), ("top_p", "topP"), ("top_k", "topK"),
                          ("stop_sequences", "stopSequences")):
         if request.get(name) not in (None, []):
@@ -1463,14 +1496,14 @@ def _resolved(schema: Json, place: _Place) -> Tuple[Json, _Place]:
         place = _Place(place.document, place.refs + (ref,), place.depth, place.left)
     for member in _list(schema, "allOf"):
         if isinstance(member, dict) and place.depth < MAX_SCHEMA_DEPTH:
-            member, place = _resolved(member, place.deeper())
+            member, _ = _resolved(member, place.deeper())
             schema = _joined({key: value for key, value in schema.items() if key != "allOf"}, member)
     return schema, place
 
 
 def _pointed(document: Json, ref: str) -> Optional[Json]:
     """The node that a local JSON pointer (`#/$defs/x`) names, or None."""
-    node: Any = document if ref.startswith("#") else None
+    node: Any = document if ref == "#" or ref.startswith("#/") else None
     for step in ref[1:].split("/")[1:]:
         step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(node, list) and step.isdecimal() and int(step) < len(node):
@@ -1633,6 +1666,26 @@ def with_strict_tools(body: Json) -> Json:
     return dict(body, tools=tools) if tools else body
 
 
+def with_plain_tools(body: Json) -> Json:
+    """The same request with schemas that limit no values: they make a grammar too large to serve."""
+    limits = {"enum", "pattern", "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum"}
+
+    def plain(node: Any, is_map: bool = False) -> Any:
+        if isinstance(node, list):
+            return [plain(item) for item in node]
+        if not isinstance(node, dict):
+            return node
+        return {key: plain(value, key == "properties" and not is_map) for key, value in node.items()
+                if is_map or key not in limits}
+
+    tools = []
+    for tool in body.get("tools", ()):
+        declared = [{key: plain(value) if key.startswith("parameters") else value
+                     for key, value in function.items()} for function in tool.get("functionDeclarations", ())]
+        tools.append({"functionDeclarations": declared} if declared else tool)
+    return dict(body, tools=tools) if tools else body
+
+
 def without_thinking_config(body: Json) -> Json:
     """The same request with the model's own idea of how much to think."""
     generation = {k: v for k, v in body["generationConfig"].items() if k != "thinkingConfig"}
@@ -1648,7 +1701,7 @@ def with_dummy_signatures(body: Json) -> Json:
         first = next((part for part in parts if "functionCall" in part), None)
         if first:
             first["thoughtSignature"] = DUMMY_SIGNATURE
-        contents.append({"role": content["role"], "parts": parts})
+        contents.append({"role": content["role"], "parts": parts or [{"text": "(thinking)"}]})
     return dict(body, contents=contents)
 
 
@@ -1685,6 +1738,7 @@ class MessageEmitter:
         self._remember = remember
         self._names = translation.names if translation else {}
         self._schemas = translation.schemas if translation else {}
+        self._session = translation.session if translation else ""
         self._thinking = translation.thinking if translation else "shown"
         self._single_call = bool(translation and translation.single_call)
         self._input_tokens = input_tokens
@@ -1731,6 +1785,7 @@ class MessageEmitter:
     def again(self) -> None:
         """Forget how the last answer ended: another one follows in the same message."""
         self.finish_reason = self._finish_message = ""
+        self.usage = {}
 
     @property
     def has_begun(self) -> bool:
@@ -1795,7 +1850,7 @@ class MessageEmitter:
             self._code_result(part["codeExecutionResult"])
         elif "inlineData" in part or "fileData" in part:
             self._media(part)
-        if signature and self._open == "text":
+        if signature and "text" in part and self._open == "text" and not part.get("thought"):
             self._signature = signature
 
     def _thought(self, text: str, signature: str) -> None:
@@ -1813,13 +1868,15 @@ class MessageEmitter:
             self._open_block({"type": "text", "text": "", "citations": []})
         self._texts.append(text)
         self._delta({"type": "text_delta", "text": text})
-        self.answered = True
+        self.answered = self.answered or not text.isspace()
 
     def _function_call(self, call: Json, signature: str) -> None:
         """Give out a call once. A signed one is preceded by a thinking block that carries its
         signature, so that it survives a restart of the proxy; only if the client has thinking on."""
         name = call.get("name")
         args = call.get("args") or {}
+        if not isinstance(args, dict):
+            raise TypeError("arguments that are no object")
         if not name or (self._single_call and self.calls):
             return
         if call.get("id"):
@@ -1879,7 +1936,7 @@ class MessageEmitter:
         """
         webs = [c.get("web") or c.get("retrievedContext") or c.get("maps") or {}
                 for c in self._grounding.get("groundingChunks") or ()]
-        queries = self._grounding.get("webSearchQueries") or []
+        queries = [str(query) for query in self._grounding.get("webSearchQueries") or ()]
         if self._open == "text":
             for support in self._grounding.get("groundingSupports") or ():
                 self._citation(support, webs)
@@ -1918,7 +1975,7 @@ class MessageEmitter:
         if self._open == "thinking":  # always one signature: clients may drop a block without
             self._delta({"type": "signature_delta", "signature": self._signature or THOUGHT_MARK})
         elif self._open == "text" and self._signature:
-            self._remember(text_key("".join(self._texts)), self._signature)
+            self._remember(text_key("".join(self._texts), self._session), self._signature)
         self._out.append({"type": "content_block_stop", "index": self._index})
         self._open = self._signature = ""
         self._texts = []
@@ -1970,20 +2027,29 @@ def repaired_arguments(args: Json, schema: Json) -> Json:
     optional ones that are null or "" are left out, scalars of the wrong type are converted.
     """
     properties = schema.get("properties") if isinstance(schema, dict) else None
-    if not isinstance(properties, dict) or not isinstance(args, dict):
+    if not isinstance(properties, dict):
         return args
-    required = schema.get("required") if isinstance(schema.get("required"), list) else ()
+    required = _list(schema, "required")
     out = {}
     for name, value in args.items():
         prop = properties.get(name)
-        types = _types(prop) if isinstance(prop, dict) and not ({"$ref", "anyOf", "oneOf", "allOf"} & set(prop)) else []
-        if types:
-            if name not in required and (value is None and "null" not in types
-                                         or value == "" and "" not in (prop.get("enum") or ())):
-                continue
-            value = repaired_value(value, prop, types)
-        out[name] = value
+        types = allowed_types(prop)
+        says_nothing = value is None and "null" not in types or value == "" and "" not in _values(prop or {})
+        if types and says_nothing and name not in required:
+            continue
+        out[name] = repaired_value(value, prop, types) if types else value
     return out
+
+
+def allowed_types(schema: Any) -> List[str]:
+    """The types that a property may have, those of its alternatives included; [] if that is not known."""
+    if not isinstance(schema, dict) or "$ref" in schema or "allOf" in schema:
+        return []
+    branches = _list(schema, "anyOf") + _list(schema, "oneOf")
+    if not branches:
+        return _types(schema)
+    found = [allowed_types(branch) for branch in branches]
+    return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
 def repaired_value(value: Any, schema: Json, types: Sequence[str]) -> Any:
@@ -1993,7 +2059,7 @@ def repaired_value(value: Any, schema: Json, types: Sequence[str]) -> Any:
         return repaired_arguments(value, schema)
     if own == "array" and "array" in types:
         items = schema.get("items")
-        inner = _types(items) if isinstance(items, dict) else []
+        inner = allowed_types(items)
         return [repaired_value(item, items, inner) for item in value] if inner else value
     if own in types or (own == "integer" and "number" in types):
         return value
@@ -2151,6 +2217,9 @@ class SignatureCache:
             return entry[0]
 
     def put(self, key: str, signature: str) -> None:
+        """Keep a signature. The first one of a text stays, so that the history's bytes stay."""
+        if self.get(key) is not None:
+            return
         with self._lock:
             self._drop(key)
             now = self._clock()
@@ -2244,7 +2313,8 @@ class ConnectionPool(urllib.request.HTTPSHandler):
     """Keeps http.client connections beneath urllib.request, so that its proxy handling stays.
 
     An idle connection is dropped before the server would (nginx: 60 s and more). One that dies
-    before a status line is replaced once, silently: the server closed it while it was idle.
+    before a status line is replaced silently: the server closed it while it was idle. A new one
+    that does so is an error.
     """
 
     IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
@@ -2282,10 +2352,11 @@ class ConnectionPool(urllib.request.HTTPSHandler):
                     connection.sock.settimeout(self._timeout)
                 request.exchange.use(connection)
                 connection.request(request.get_method(), request.selector, request.data, headers)
-                return Reply(connection, connection.getresponse(), functools.partial(self._give, place))
+                return Reply(connection, connection.getresponse(), request.exchange,
+                             functools.partial(self._give, place))
             except (http.client.RemoteDisconnected, ConnectionError):
                 connection.close()
-                if not reused:
+                if not reused or request.exchange.gone.is_set():
                     raise
             except BaseException:
                 connection.close()
@@ -2323,10 +2394,12 @@ class ConnectionPool(urllib.request.HTTPSHandler):
 class Reply:
     """One upstream response; its connection goes back to the pool when the body has been read."""
 
-    def __init__(self, connection: Any, response: http.client.HTTPResponse, give_back: Callable) -> None:
+    def __init__(self, connection: Any, response: http.client.HTTPResponse, exchange: "Exchange",
+                 give_back: Callable[[Any], None]) -> None:
         self.status = response.status
         self.headers = response.headers
-        self._connection, self._response, self._give_back = connection, response, give_back
+        self._connection, self._response = connection, response
+        self._exchange, self._give_back = exchange, give_back
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if the connection ends before the body does."""
@@ -2350,6 +2423,7 @@ class Reply:
 
     def _finish(self) -> None:
         connection, self._connection = self._connection, None
+        self._exchange.release()
         self._response.close()
         if connection and self._response.will_close:
             connection.close()
@@ -2360,6 +2434,7 @@ class Reply:
         """Give up a body that was not read to its end."""
         connection, self._connection = self._connection, None
         if connection:
+            self._exchange.release()
             self._response.close()
             connection.close()
 
@@ -2386,18 +2461,25 @@ class Exchange:
         self.retries = 0
         self.key_number = 0
         self.gone = threading.Event()   # the client has left
+        self._lock = threading.Lock()   # protects _connection: it must not be cut when it is another's
         self._connection: Any = None
 
     def use(self, connection: Any) -> None:
         """Note the connection that is about to be used; ConnectionAbortedError if it is too late."""
-        self._connection = connection
+        with self._lock:
+            self._connection = connection
         if self.gone.is_set():
             raise ConnectionAbortedError("the client has left")
+
+    def release(self) -> None:
+        """The connection is done with; from now on it may serve another exchange."""
+        with self._lock:
+            self._connection = None
 
     def cancel(self) -> None:
         """The client has left: wake the thread that waits for upstream. For another thread."""
         self.gone.set()
-        with contextlib.suppress(OSError, AttributeError):  # no connection, or closed just now
+        with self._lock, contextlib.suppress(OSError, AttributeError):  # none, or closed just now
             # Not SSLSocket's own shutdown: it would take the TLS layer from under the reader.
             socket.socket.shutdown(self._connection.sock, socket.SHUT_RDWR)
 
@@ -2406,8 +2488,9 @@ class Exchange:
 REPAIRS = (
     (re.compile(r"(?i)thinking"), "thinkingConfig", without_thinking_config),
     (re.compile(r"(?i)thought.?signature"), "thought signatures", with_dummy_signatures),
-    (re.compile(r"(?i)parameters_?json_?schema|too many states|nesting depth|function_declarations.*parameters"),
+    (re.compile(r"(?i)parameters_?json_?schema|nesting depth|function_declarations.*parameters"),
      "JSON Schema", with_strict_tools),
+    (re.compile(r"(?i)too many states|nesting depth|schema"), "limits in schemas", with_plain_tools),
 )
 _MODEL_MISSING = re.compile(r"(?i)models?\b.*\b(?:is|was) not found")
 _NO_JSON_SCHEMA = re.compile(r"(?i)unknown name \"?parameters_?json_?schema|parameters_?json_?schema.*cannot find field")
@@ -2544,7 +2627,7 @@ class Gemini:
                 return
             yield from self._checked(chunks_from_sse(reply.pieces()), exchange)
             self._broken_streams = 0
-        except (OSError, http.client.HTTPException, ValueError) as exc:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
             self._note_broken_stream(exchange)
             raise broken(exc, exchange) from exc
         finally:
@@ -2586,7 +2669,8 @@ class Gemini:
     def _check(self, reply: Reply, exchange: Exchange) -> None:
         if not 200 <= reply.status < 300:
             if reply.status == 401:
-                self._token = ""
+                with self._lock:
+                    self._token = ""
             raise self._error(reply.status, reply.read(100000), exchange)
 
     def _checked(self, chunks: Iterable[Any], exchange: Exchange) -> Iterator[Json]:
@@ -2620,8 +2704,10 @@ class Gemini:
             request = urllib.request.Request(url, dump_json(body), headers)
             request.exchange = exchange
             return self._opener.open(request, timeout=self._config.request_timeout)
-        except (OSError, http.client.HTTPException, ValueError) as exc:
+        except (OSError, http.client.HTTPException) as exc:
             raise broken(exc, exchange) from exc
+        except ValueError as exc:  # http.client quotes the header, and so the key
+            raise ProxyError(401, "The key cannot be sent in a header.", should_retry=False) from None
 
     def _auth(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
@@ -2640,7 +2726,7 @@ class Gemini:
             try:
                 done = subprocess.run(shlex.split(self._config.gemini_token_command), stdout=subprocess.PIPE,
                                       stdin=subprocess.DEVNULL, timeout=30, check=True)
-                token = done.stdout.decode().strip()
+                token = _secret(done.stdout.decode().strip().rpartition("\n")[2])
             except (OSError, ValueError, subprocess.SubprocessError) as exc:
                 raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % type(exc).__name__, should_retry=False) from exc
             with self._lock:
@@ -2672,7 +2758,7 @@ def broken(exc: Exception, exchange: Exchange) -> ProxyError:
     if isinstance(reason, socket.gaierror):
         return ProxyError(500, "The upstream's host name cannot be found (GEMINI_API_BASE, or HTTPS_PROXY): %s"
                           % reason.strerror)
-    if isinstance(reason, ValueError):
+    if isinstance(reason, (ValueError, RecursionError)):
         return ProxyError(500, "Gemini's answer is not valid JSON: %s" % str(reason)[:200], transient=True)
     return ProxyError(529, "The connection to Gemini broke: %s" % type(reason).__name__, transient=True)
 
@@ -2871,7 +2957,11 @@ class ProxyServer(ThreadingHTTPServer):
             self.forget(request)
             self.shutdown_request(request)
         else:
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # no thread can be started
+                self.forget(request)
+                raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -2979,7 +3069,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.body_read = False
         self.stream: Optional[EventStream] = None
         try:
-            path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).rstrip("/") or "/"
+            path = urllib.parse.unquote(self.path.partition("?")[0]).rstrip("/") or "/"
             methods = ROUTES.get(path) or (MODEL_ROUTE if path.startswith("/v1/models/") else None)
             self.guard()
             if self.command == "HEAD":
@@ -3028,7 +3118,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """Compare the front token in constant time; either header will do, clients send both."""
         token = self.server.config.proxy_auth_token
         given = self.given_tokens()
-        if token and not any([hmac.compare_digest(each.encode("utf-8", "replace"), token.encode()) for each in given]):
+        if token and not any([hmac.compare_digest(each.encode("latin-1", "replace"), token.encode()) for each in given]):
             raise ProxyError(401, "This proxy wants its PROXY_AUTH_TOKEN as x-api-key or as Authorization: Bearer.",
                              should_retry=False)
 
@@ -3172,7 +3262,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         started = time.monotonic()
         server, config = self.server, self.server.config
         request = check_request(parse_json(self.read_body()))
-        models = [resolve_model(request["model"], config)] + list(config.fallback_models)
+        models = [resolve_model(request["model"], config)] + [own_name(name) for name in config.fallback_models]
         translate = functools.partial(to_gemini, request, config=config, lookup=server.signatures.get)
         exchange = Exchange(request, models, translate, bool(request.get("stream")) and config.stream_mode == "live",
                             self.client_key())
@@ -3238,7 +3328,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def handle_models(self, path: str) -> None:
         """GET /v1/models, with limit, after_id and before_id"""
-        query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
+        query = urllib.parse.parse_qs(self.path.partition("?")[2])
         listed = model_list()
         ids = [model["id"] for model in listed]
         after, before = query.get("after_id", [""])[0], query.get("before_id", [""])[0]
@@ -3333,9 +3423,9 @@ def model_list() -> List[Json]:
 
 
 def estimate_tokens(translation: Translation) -> int:
-    """Input tokens of a request, roughly: four characters of JSON each, and 258 for a medium."""
-    media = 258 if translation.media_bytes else 0
-    return max(1, (len(json.dumps(translation.body)) - translation.media_bytes) // 4 + media)
+    """Input tokens of a request, roughly: four bytes of text each, and 258 for a medium."""
+    size = len(json.dumps(translation.body, ensure_ascii=False)) - translation.media_bytes
+    return max(1, size // 4 + 258 * translation.media)
 
 
 def shown_body(body: Json) -> str:
@@ -3430,7 +3520,7 @@ def client_environment(url: str, token: str, environ: Mapping[str, str]) -> Dict
               "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(INPUT_LIMIT), "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "60000"}
     wanted = {name: environ.get(name) or value for name, value in wanted.items()}
     no_proxy = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    wanted["NO_PROXY"] = ",".join(filter(None, [no_proxy, "127.0.0.1", "localhost"]))
+    wanted["NO_PROXY"] = wanted["no_proxy"] = ",".join(filter(None, [no_proxy, "127.0.0.1", "localhost"]))
     return dict(wanted, ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN=token)
 
 
@@ -3474,14 +3564,12 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     values = client_environment(server.url, server.config.proxy_auth_token, os.environ)
     environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
-    for number in (signal.SIGINT, signal.SIGQUIT):  # the terminal sends them to the client, too
-        signal.signal(number, signal.SIG_IGN)
     try:
-        child = subprocess.Popen(list(command), env=dict(environ, **values),
-                                 preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGQUIT)])
+        child = subprocess.Popen(list(command), env=dict(environ, **values))
     except OSError as exc:
         print("%s: %s" % (command[0], exc.strerror), file=sys.stderr)
         return 127
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # the terminal sends it to the client, too
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     status = child.wait()
     server.shutdown()
@@ -3571,7 +3659,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         shell = (flags["arguments"] or ["sh"])[0]
         print(export_lines(client_environment(url, config.proxy_auth_token or "local", os.environ), shell))
         return 0
-    if not (config.keys or config.client_keys or config.gemini_token_command or flags["demo"]):
+    own_keys = config.client_keys and command == "serve"
+    if not (config.keys or own_keys or config.gemini_token_command or flags["demo"]):
         print(NO_KEY, file=sys.stderr)
         return 2
     if command == "run":

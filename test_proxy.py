@@ -28,6 +28,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import random
 import re
 import signal
@@ -630,7 +631,8 @@ class Handler(BaseHTTPRequestHandler):
 CONFIG = proxy.Config(gemini_api_key="k1", port=0)
 USER = {"role": "user", "content": "hi"}
 TOOL = {"name": "Bash", "description": "Run it.", "input_schema": {
-    "type": "object", "properties": {"command": {"type": "string"}, "timeout": {"type": "integer"}},
+    "type": "object", "properties": {"command": {"type": "string"}, "timeout": {"type": "integer"},
+                                     "lines": {"anyOf": [{"type": "integer"}, {"type": "null"}]}, "note": {"type": ["string", "null"]}},
     "required": ["command"]}}
 SIGNATURE = base64.b64encode(b"a signature of Gemini's").decode()
 DUMMY = proxy.DUMMY_SIGNATURE
@@ -885,7 +887,7 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
                         {"fileData": {"mimeType": "image/webp", "fileUri": "https://x.org/a.webp"}},
                         {"inlineData": {"mimeType": "image/png", "data": PNG}}, "T", "D", "C", "Search result: R (u)\nS")]}),
     ("a compaction stands for all before it", request("old", says({"type": "compaction", "content": "Sum."}, {"type": "text", "text": "a"}), "go"),
-     {"contents": [user("Summary of the conversation so far:\nSum.", "a", "go")]}),
+     {"contents": [user("Summary of the conversation so far:\nSum."), model("a"), user("go")]}),
     ("blocks that nobody knows", request({"role": "user", "content": [{"type": "new", "x": 1, "cache_control": {}}]}),
      {"contents": [user('{"type": "new", "x": 1}')]}),
     ("tool_choice of a long name", request(tools=[{"name": LONG_A, "input_schema": {"type": "object"}},
@@ -904,7 +906,7 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
      {"tools": [{"googleSearch": {}}], "toolConfig": None,
       "systemInstruction": {"parts": [{"text": "Search and cite only these sites: a.org."}]}}),
     ("web search beside functions", request(tools=[{"type": "web_search_20250305", "name": "web_search"}, TOOL]),
-     {"tools": [{"functionDeclarations": [{"name": "Bash", "description": "Run it.", "parametersJsonSchema": TOOL["input_schema"]}]},
+     {"tools": [{"functionDeclarations": [{"name": "Bash", "description": "Run it.", "parametersJsonSchema": proxy.to_gemini_schema(TOOL["input_schema"])}]},
                 {"googleSearch": {}}], "toolConfig": {"includeServerSideToolInvocations": True}}),
     ("an answer in JSON", request(output_config={"format": {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {"const": "x"}}}}}),
      {"generationConfig": {"maxOutputTokens": 9192, "responseMimeType": "application/json", "thinkingConfig": {"thinkingLevel": "LOW"},
@@ -921,7 +923,7 @@ OLD_MODEL_CASES = (  # the same for gemini-2.5-pro
      {"contents": [user("hi"), model(call("a"), call("b")), user(response("a", {"output": ""}), response("b"),
                                                                   {"inlineData": {"mimeType": "image/png", "data": PNG}})]}),
     ("web search goes where functions are", request(tools=[{"type": "web_search_20250305", "name": "web_search"}, TOOL]), {
-        "tools": [{"functionDeclarations": [{"name": "Bash", "description": "Run it.", "parametersJsonSchema": TOOL["input_schema"]}]}], "toolConfig": None}),
+        "tools": [{"functionDeclarations": [{"name": "Bash", "description": "Run it.", "parametersJsonSchema": proxy.to_gemini_schema(TOOL["input_schema"])}]}], "toolConfig": None}),
 )
 THINKING_CASES = (  # model, request fields, thinkingConfig, maxOutputTokens
     ("gemini-3.8-flash", {}, {"thinkingLevel": "LOW"}, 9192),
@@ -936,6 +938,7 @@ THINKING_CASES = (  # model, request fields, thinkingConfig, maxOutputTokens
     ("gemini-2.5-flash", {"thinking": {"type": "enabled", "budget_tokens": 31999}, "max_tokens": 32000},
      {"includeThoughts": True, "thinkingBudget": 24576}, 32000),
     ("gemini-2.5-flash-lite", {"thinking": {"type": "enabled", "budget_tokens": 100}}, {"includeThoughts": True, "thinkingBudget": 512}, 1000),
+    ("gemini-2.5-flash", {"thinking": {"type": "enabled", "budget_tokens": 31999}, "max_tokens": 90000}, {"includeThoughts": True, "thinkingBudget": 24576}, 60000),
     ("gemini-2.0-flash", dict(THINK), None, 1000),
 )
 BAD_REQUESTS = (  # request, how the message starts
@@ -947,6 +950,9 @@ BAD_REQUESTS = (  # request, how the message starts
     (request("x", says({"type": "tool_use", "id": 5, "name": "B"})), "messages[1].content[0].id: "),
     (request("x", says({"type": "tool_use", "id": "5"})), "messages[1].content[0].name: "),
     (request({"role": "user", "content": [image(GIF, "image/gif")]}), "messages[0].content[0].source.media_type: could not process image"),
+    (request({"role": "user", "content": [image("A")]}), "messages[0].content[0].source.data: could not process image"),
+    (request({"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "text/plain", "data": "é"}}]}), "messages[0].content[0].source.data: "),
+    (request({"role": "user", "content": [{"type": "compaction", "content": "x", "tool_changes": ["x", {"type": "tool_addition"}]}]}), "messages[0].content[0].tool_changes[1].tool: "),
     (request({"role": "user", "content": [image("")]}), "messages[0].content[0].source.data: image cannot be empty"),
     (request({"role": "user", "content": [image("no base64!")]}), "messages[0].content[0].source.data: could not process image"),
     (request({"role": "user", "content": [{"type": "document", "source": {"type": "file", "file_id": "f"}}]}), "messages[0].content[0].source: "),
@@ -962,7 +968,7 @@ BAD_REQUESTS = (  # request, how the message starts
 class Requests(unittest.TestCase):
 
     def test_requests_are_translated_to_what_gemini_takes(self):
-        lookup = {"known": SIGNATURE, proxy.text_key("known"): SIGNATURE}.get
+        lookup = {"known": SIGNATURE, proxy.text_key("known", proxy.short_hash("hi")): SIGNATURE}.get
         for gemini_model, cases in (("gemini-3.8-flash", REQUEST_CASES), ("gemini-2.5-pro", OLD_MODEL_CASES)):
             for name, given, expected in cases:
                 with self.subTest(name):
@@ -998,11 +1004,11 @@ class Requests(unittest.TestCase):
             self.assertEqual(shorter["contents"], longer["contents"][:len(shorter["contents"])])
 
     def test_model_names(self):
-        config = dataclasses.replace(CONFIG, big_model="gemini-4-argon", sonnet_model="gemini-3.6-flash", model_map=(("my-*", "gemini-2.5-pro"),))
+        config = dataclasses.replace(CONFIG, big_model="gemini-4-argon", sonnet_model="gemini-3.6-flash", model_map=(("my-*", "gemini-2.5-pro"), ("prefixed", "models/gemini-2.5-pro[1m]")))
         for name, expected in (("claude-opus-5-5[1m]", "gemini-4-argon"), ("claude-sonnet-5[1M][1m]", "gemini-3.6-flash"),
                                ("claude-haiku-4-5-20251001", "gemini-3.5-flash-lite"), ("claude-fable-5", "gemini-4-argon"),
                                ("my-own", "gemini-2.5-pro"), ("models/gemini-2.5-flash", "gemini-2.5-flash"), ("gpt-9", "gemini-3.8-flash"),
-                               ("claude-gemini-4-argon", "gemini-4-argon"), ("anthropic/gemini-3.6-flash", "gemini-3.6-flash")):
+                               ("claude-gemini-4-argon", "gemini-4-argon"), ("anthropic/gemini-3.6-flash", "gemini-3.6-flash"), ("prefixed", "gemini-2.5-pro")):
             self.assertEqual(proxy.resolve_model(name, config), expected, name)
         self.assertEqual(proxy.resolve_model("x", dataclasses.replace(config, anthropic_model="gemini-2.5-pro")), "gemini-2.5-pro")
         for name in ("gemini-x/../../y", "gemini-3?key=1", "gemini-3:generateContent#", "models/gemini-a b"):
@@ -1036,6 +1042,9 @@ SCHEMA_CASES = (
     ("huge bounds", {"type": "integer", "maximum": 1.8446744073709552e19, "minimum": 0}, {"type": "integer", "minimum": 0}),
     ("malformed nodes", {"type": "object", "properties": {"a": 5, "b": {"type": "array"}}, "required": True},
      {"type": "object", "properties": {"a": ANY, "b": {"type": "array", "items": ANY}}}),
+    ("allOf does not use up depth", {"type": "object", "allOf": [{"title": "x"}] * 30, "properties": {"k": {"type": "string"}}},
+     {"type": "object", "properties": {"k": S}, "title": "x"}),
+    ("a ref to an anchor", {"type": "object", "properties": {"a": {"$ref": "#addr"}}}, {"type": "object", "properties": {"a": {"type": "object", "description": "same form as addr"}}}),
     ("capital types", {"type": "OBJECT", "properties": {"a": {"type": "STRING", "format": "uuid"}}},
      {"type": "object", "properties": {"a": {"type": "string", "description": "(format: uuid)"}}}),
     ("siblings of anyOf go into the branches", {"type": "object", "properties": {"a": {"type": "string"}}, "anyOf": [{"required": ["a"]}, {"required": ["b"]}]},
@@ -1117,6 +1126,9 @@ RESPONSE_CASES = (  # name, chunks, blocks, stop_reason
      [("tool_use", ("Bash", {"command": "5", "timeout": 7, "x": None}))], "tool_use"),
     ("optional arguments that say nothing", [chunk({"functionCall": {"name": "Bash", "args": {"command": "", "timeout": None}}}, finish="STOP")],
      [("tool_use", ("Bash", {"command": ""}))], "tool_use"),
+    ("an optional argument of a union", [chunk({"functionCall": {"name": "Bash", "args": {"command": "ls", "lines": "5", "note": ""}}}, finish="STOP")],
+     [("tool_use", ("Bash", {"command": "ls", "lines": 5}))], "tool_use"),
+    ("a signed toolCall beside text", [chunk("a", {"toolCall": {"toolType": "GOOGLE_SEARCH_WEB"}, "thoughtSignature": "eHh4"}, finish="STOP")], [("text", "a")], "end_turn"),
     ("a call without arguments", [chunk({"functionCall": {"name": "Bash"}}, finish="STOP")], [("tool_use", ("Bash", {}))], "tool_use"),
 )
 
@@ -1162,7 +1174,7 @@ class Answers(unittest.TestCase):
         message, remembered = emitted([chunk({"text": "T", "thought": True}, SIGNED, BASH), chunk("bye", {"text": "", "thoughtSignature": "dGV4dA=="})], tools=[TOOL], **THINK)
         thinking, first, second, _ = message["content"]
         self.assertEqual(thinking["signature"], proxy.CALL_MARK + SIGNATURE)
-        self.assertEqual(remembered, {first["id"]: SIGNATURE, proxy.text_key("bye"): "dGV4dA=="})
+        self.assertEqual(remembered, {first["id"]: SIGNATURE, proxy.text_key("bye", proxy.short_hash("hi")): "dGV4dA=="})
         self.assertNotEqual(first["id"], second["id"])
 
     def test_one_call_where_parallel_ones_are_not_wanted(self):
@@ -1221,6 +1233,9 @@ ERROR_CASES = (  # upstream status, body, status, type, how the message starts, 
     (500, b"<html><style>x</style><h1>Server Error</h1></html>", 500, "api_error", "Gemini answered 500: Server Error", {}),
     (504, error_body(504, "Deadline"), 504, "timeout_error", "Gemini did not answer in time", {}),
     (400, error_body(400, "Unable to process input image."), 400, "invalid_request_error", "could not process image: ", {}),
+    (403, error_body(403, "Consumer 'api_key:AIza%s' has been suspended." % ("x" * 35)), 403, "permission_error", "The upstream refused the key: Consumer 'api_key:[key]' has", {"x-should-retry": "false"}),
+    (429, error_body(429, "Quota exceeded, limit: 0\nPlease retry in 26.1s."), 429, "rate_limit_error", "This key's plan", {"x-should-retry": "false"}),
+    (400, error_body(400, "x", details=5), 400, "invalid_request_error", "Gemini answered 400: x", {}),
     (400, b"", 400, "invalid_request_error", "Gemini answered 400: no reason given", {}),
 )
 
@@ -1574,6 +1589,12 @@ class EndToEnd(unittest.TestCase):
         connection.close()
         self.assertEqual(len(r.fake.requests), 3)
 
+    def test_usage_is_that_of_the_answer_that_was_given(self):
+        r = self.run_proxy([[chunk("", finish="STOP", usage={"promptTokenCount": 9, "cachedContentTokenCount": 5, "thoughtsTokenCount": 7})],
+                            [chunk("ok", finish="STOP", usage={"promptTokenCount": 9, "candidatesTokenCount": 1})]])
+        usage = r.ask(request())[1]["usage"]
+        self.assertEqual((usage["input_tokens"], usage["cache_read_input_tokens"], usage["output_tokens"]), (9, 0, 1))
+
     def test_an_old_client_gets_a_stream_that_ends_with_the_connection(self):
         r = self.run_proxy()
         body = json.dumps(request(stream=True)).encode()
@@ -1729,6 +1750,7 @@ class Faults(unittest.TestCase):
         [t.start() for t in threads], [t.join(30) for t in threads]
         self.assertLess(time.monotonic() - started, 15)
         for n, events in answers.items():
+            self.assertIsInstance(events, list, (n, events))
             if n % 4 == 0:
                 self.assertEqual(events[-1]["type"], "error")
             else:
@@ -2043,7 +2065,7 @@ class Promises(unittest.TestCase):
         self.assertEqual(load({"GOOGLE_GEMINI_BASE_URL": "http://h:1/"}).gemini_api_base, "http://h:1/v1beta")
         self.assertEqual(proxy.parse_dotenv("# c\nexport A='x # y'\nB=z # c\nC=\"q\"\nnonsense\nD=#\n"), {"A": "x # y", "B": "z", "C": "q", "D": ""})
         for env in ({"PORT": "x"}, {"PORT": "70000"}, {"STREAM_MODE": "x"}, {"MODEL_MAP": "x"}, {"API_KEYS": "x"}, {"DEBUG": "maybe"}, {"PING_INTERVAL": "0"},
-                    {"GEMINI_API_BASE": "ftp://x"}, {"HOST": "0.0.0.0"}, {"MAX_RETRIES": "-1"}, {"MODEL_MAP": "[1]"}, {"MODEL_MAP": '{"a": 1}'}):
+                    {"GEMINI_API_BASE": "ftp://x"}, {"GEMINI_API_BASE": "https://user:secret@host/v1"}, {"GEMINI_API_KEY": "two\nlines"}, {"HOST": "0.0.0.0"}, {"MAX_RETRIES": "-1"}, {"MODEL_MAP": "[1]"}, {"MODEL_MAP": '{"a": 1}'}):
             with self.assertRaises(ValueError, msg=env) as caught:
                 load(env)
             self.assertIn(next(iter(env)), str(caught.exception))
@@ -2074,28 +2096,208 @@ class Promises(unittest.TestCase):
         self.assertIn("built-in demo model", output)
 
 
-# ---- 14. Program -------------------------------------------------------------------------------------------
+# ---- 14. Benchmark -----------------------------------------------------------------------------------------
+class CannedGemini(threading.Thread):
+    """As fast an upstream as sockets allow: reads a request, sends bytes that were made before."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        usage = {"promptTokenCount": 9000, "candidatesTokenCount": 250, "totalTokenCount": 9250}
+        texts = ["A piece of an answer, some words long. " for _ in range(6)]
+        chunks = [chunk(t, usage=usage, index=0) for t in texts] + [chunk({"text": "", "thoughtSignature": SIGNATURE}, finish="STOP", usage=usage)]
+        frames = [b"data: %s\r\n\r\n" % json.dumps(c).encode() for c in chunks]
+        self.frames = [b"%x\r\n%s\r\n" % (len(f), f) for f in frames] + [b"0\r\n\r\n"]
+        whole = json.dumps(chunk("".join(texts), finish="STOP", usage=usage)).encode()
+        self.whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole
+        self.head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.server = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self.server.getsockname()[1]
+
+    def run(self):
+        while True:
+            sock = self.server.accept()[0]
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock):
+        while True:
+            head, body = read_message(sock)
+            if not head:
+                return
+            if b"drip" in body[:300]:  # a slow stream: 20 ms between chunks, the time of sending in each
+                sock.sendall(self.head)
+                for i in range(20):
+                    text = json.dumps(chunk("%.6f " % time.monotonic(), **{"finish": "STOP"} if i == 19 else {})).encode()
+                    sock.sendall(b"%x\r\ndata: %s\r\n\r\n\r\n" % (len(text) + 10, text))
+                    time.sleep(0.02)
+                sock.sendall(b"0\r\n\r\n")
+            else:
+                sock.sendall(self.head + b"".join(self.frames) if b":stream" in head[:200] else self.whole)
+
+
+def read_message(sock, data=b""):
+    """-> (head, body) of one HTTP message with Content-Length or chunks; (b"", b"") at the end."""
+    while b"\r\n\r\n" not in data:
+        more = sock.recv(1 << 18)
+        if not more:
+            return b"", b""
+        data += more
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    pieces, size = [body], len(body)
+    while size < int(length.group(1)) if length else not pieces[-1].endswith(b"0\r\n\r\n"):
+        pieces.append(sock.recv(1 << 18))
+        size += len(pieces[-1])
+        if not pieces[-1]:
+            return b"", b""
+    return head, b"".join(pieces)
+
+
+def session(turns, tools=24, size=2000):
+    """A session as Claude Code sends it: tools, and turns of call and result."""
+    properties = {"p%d" % i: {"type": "string", "description": "What this parameter is for, in a sentence."} for i in range(12)}
+    tools = [{"name": "Tool%d" % i, "description": "What this tool does. " * 90, "input_schema": {"type": "object", "properties": properties, "required": ["p1"]}}
+             for i in range(tools)]
+    messages = ["Do it."]
+    for i in range(turns):
+        messages += [says({"type": "text", "text": "I look at file %d." % i}, uses("toolu_%d" % i, "Tool1", {"p1": "x" * 300})),
+                     {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_%d" % i, "content": "line of a file\n" * (size // 15)}]}]
+    return request(*messages, tools=tools, system="You are a careful engineer. " * 200, **THINK)
+
+
+def wire(path, body, port):
+    data = json.dumps(body).encode()
+    return b"POST %s HTTP/1.1\r\nHost: 127.0.0.1:%d\r\nContent-Type: application/json\r\nx-goog-api-key: k\r\nContent-Length: %d\r\n\r\n" % (
+        path.encode(), port, len(data)) + data
+
+
+def burst(port, data, count):
+    """Milliseconds of `count` requests, one after another on one connection."""
+    out = []
+    with socket.create_connection(("127.0.0.1", port)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(count):
+            started = time.perf_counter()
+            sock.sendall(data)
+            head, _ = read_message(sock)
+            out.append((time.perf_counter() - started) * 1000)
+            assert head.startswith(b"HTTP/1.1 200"), head
+    return out
+
+
+def at_once(count, act):
+    """Run act(n) in `count` threads -> their results."""
+    results = [None] * count
+
+    def run(n):
+        results[n] = act(n)
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(count)]
+    [t.start() for t in threads], [t.join() for t in threads]
+    return results
+
+
+def quantile(values, q):
+    values = sorted(values)
+    return values[min(len(values) - 1, int(len(values) * q))]
+
+
+def resident(pid, peak=False):
+    """MiB of memory of a process (Linux)."""
+    try:
+        with open("/proc/%d/status" % pid) as file:
+            return int(re.search(r"VmHWM:\s+(\d+)" if peak else r"VmRSS:\s+(\d+)", file.read()).group(1)) / 1024
+    except OSError:
+        return float("nan")
+
+
+def started_proxy(port):
+    """-> (process, port, milliseconds from start to the first answer)"""
+    environment = {"PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": "http://127.0.0.1:%d/v1beta" % port, "PORT": "0",
+                   "no_proxy": "*", "LOG_LEVEL": "warning"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        own = free.getsockname()[1]
+    began = time.perf_counter()
+    process = subprocess.Popen([sys.executable, proxy.__file__, "--port", str(own)], env=environment, stdin=subprocess.DEVNULL, cwd=tempfile.gettempdir())
+    while True:
+        try:
+            burst(own, wire("/v1/messages", request(), own), 1)
+            return process, own, (time.perf_counter() - began) * 1000
+        except ConnectionError:
+            time.sleep(0.002)
+
+
+def canned_process():
+    code = "import sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import test_proxy as t; c = t.CannedGemini(); print(c.port, flush=True); c.run()"
+    process = subprocess.Popen([sys.executable, "-c", code % os.path.dirname(os.path.abspath(__file__))], stdout=subprocess.PIPE)
+    return process, int(process.stdout.readline())
+
+
 def bench():
-    """Print what the proxy adds to direct requests; asserts nothing."""
-    import platform
-    print("%s, Python %s, %d CPUs" % (platform.platform(), platform.python_version(), os.cpu_count()))
-    with Running(repeat) as running:
-        cases = (("small", request(), "generateContent", False), ("stream", request(stream=True), "streamGenerateContent?alt=sse", True))
-        for name, body, action, stream in cases:
-            upstream_body = json.dumps(proxy.to_gemini(body, "gemini-3.8-flash", CONFIG).body)
-            timings = {"direct": [], "proxied": []}
-            for _ in range(7):
-                for kind, port, path, data in (("direct", running.fake.server.server_port, "/v1beta/models/gemini-3.8-flash:" + action, upstream_body),
-                                               ("proxied", running.port, "/v1/messages", json.dumps(body))):
-                    connection = http.client.HTTPConnection("127.0.0.1", port)
-                    for _ in range(40):
-                        started = time.perf_counter()
-                        connection.request("POST", path, data, {"Content-Type": "application/json", "x-goog-api-key": "k"})
-                        connection.getresponse().read()
-                        timings[kind].append((time.perf_counter() - started) * 1000)
-                    connection.close()
-            medians = {k: sorted(v)[len(v) // 2] for k, v in timings.items()}
-            print("%-8s direct %.2f ms, through the proxy %.2f ms, added %.2f ms" % (name, medians["direct"], medians["proxied"], medians["proxied"] - medians["direct"]))
+    """Print what the proxy adds to direct requests, and what it needs; asserts nothing."""
+    print("%s, Python %s, %d CPUs, claude_gemini_proxy %s" % (platform.platform(), platform.python_version(), os.cpu_count(), proxy.__version__))
+    canned, upstream = canned_process()
+    process, port, first = started_proxy(upstream)
+    try:
+        print("start to first answer %.0f ms, idle %.1f MiB" % (first, resident(process.pid)))
+        bench_latency(upstream, port)
+        bench_streams(upstream, port, process.pid)
+    finally:
+        process.terminate(), process.wait(), canned.kill(), canned.wait(), canned.stdout.close()
+    bench_signatures()
+
+
+def bench_latency(upstream, port):
+    print("\nadded to one request at a time (ms)   direct   proxy   added median   added p99")
+    cases = [("small", request(), 60), ("stream", request(stream=True), 60), ("code, 77 kB", dict(session(0), stream=True), 40),
+             ("large, 1.1 MB", session(200, size=4500), 8)]
+    cases += [("%d turns" % n, session(n), max(4, 800 // n)) for n in (50, 200, 800)]
+    for name, body, count in cases:
+        action = "streamGenerateContent?alt=sse" if body.get("stream") else "generateContent"
+        direct = wire("/v1beta/models/gemini-3.8-flash:" + action, proxy.to_gemini(body, "gemini-3.8-flash", CONFIG).body, upstream)
+        through = wire("/v1/messages", body, port)
+        times = {"direct": [], "proxy": []}
+        for _ in range(9):  # in turns, so that both see the same machine
+            times["direct"] += burst(upstream, direct, count)
+            times["proxy"] += burst(port, through, count)
+        (d, p), (d99, p99) = ([quantile(times[k], q) for k in ("direct", "proxy")] for q in (0.5, 0.99))
+        print("%-34s %8.2f %8.2f %12.2f %12.2f" % ("%s (%d kB)" % (name, len(through) // 1000), d, p, p - d, p99 - d99))
+
+
+def bench_streams(upstream, port, pid):
+    def rate(n):
+        return len(burst(port, wire("/v1/messages", request(stream=True), port), 150))
+    started = time.perf_counter()
+    total = sum(at_once(8, rate))
+    print("\n%.0f small streams a second, 8 at once" % (total / (time.perf_counter() - started)))
+    at_once(64, lambda n: burst(port, wire("/v1/messages", request(stream=True), port), 5))
+    print("%.1f MiB after 64 at once (peak %.1f)" % (resident(pid), resident(pid, peak=True)))
+    print("a dripped stream's delta arrives %.2f ms after it was sent (median)" % quantile(dripped(port, 1), 0.5))
+    delays = dripped(port, 200)
+    print("200 slow streams at once: first delta %.1f ms after it was sent (median), all deltas %.1f ms" % (
+        quantile([d for i, d in enumerate(delays) if i % 20 == 0], 0.5), quantile(delays, 0.5)))
+
+
+def dripped(port, count):
+    """Milliseconds between upstream's sending a chunk and the client's seeing it, over `count` streams."""
+    def read(n):
+        out, rest = [], b""
+        with socket.create_connection(("127.0.0.1", port)) as sock:
+            sock.sendall(wire("/v1/messages", request("drip", stream=True), port))
+            while not rest.endswith(b"0\r\n\r\n"):
+                data = sock.recv(65536)
+                now = time.monotonic()
+                out += [(now - float(sent)) * 1000 for sent in re.findall(rb'text_delta","text":"([\d.]+) ', data)]
+                rest = data
+        return out
+    return [delay for delays in at_once(count, read) for delay in delays]
+
+
+def bench_signatures():
+    cache = proxy.SignatureCache(100000, 3600, 64 << 20)
+    started = time.perf_counter()
+    at_once(8, lambda n: [cache.put("toolu_%d_%d" % (n, i), "s" * 400) for i in range(125000)] and None)
+    print("\na million signatures by 8 threads in %.1f s; kept %d of %.1f MiB" % (time.perf_counter() - started, cache.size()[0], cache.size()[1] / 2 ** 20))
 
 
 if __name__ == "__main__":
