@@ -8,7 +8,7 @@
 
 One request through the program, in the order of the file:
 
-    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> Gemini.chunks
+    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> Gemini.batches
                                                                                    |
       JSON (stream: false) <-- message_from_events <--+                            v  chunks
       SSE  (stream: true)  <-- EventStream + pings <--+-- events <-- MessageEmitter
@@ -39,6 +39,7 @@ import http.client
 import io
 import json
 import logging
+import marshal
 import math
 import os
 import re
@@ -657,6 +658,7 @@ def own_name(target: str) -> str:
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
 
 # Escaped backslashes first, so that the text \\ud800 (a backslash and letters) is left alone.
+_SURROGATE = re.compile(rb"\\u[dD]")  # quicker than `in`, which would need two looks
 _SURROGATES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
 
 
@@ -666,7 +668,7 @@ def parse_json(raw: bytes) -> Any:
     Raises ProxyError 400 for anything else that is not JSON as RFC 8259 has it.
     """
     try:
-        if b"\\ud" in raw or b"\\uD" in raw:
+        if _SURROGATE.search(raw):
             raw = _SURROGATES.sub(lambda m: b"\\ufffd" if m.group(1) else m.group(), raw)
         return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as exc:
@@ -681,10 +683,13 @@ def _no_constant(name: str) -> None:
     raise ValueError("%s is not a JSON value" % name)
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
 def dump_json(value: Any) -> bytes:
     """JSON value -> bytes. ASCII escapes are left on: twice as fast, and no encoding to get wrong."""
     try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii")
+        return _COMPACT.encode(value).encode("ascii")
     except (ValueError, RecursionError):
         raise invalid("The body holds a number too large for JSON, or is nested too deeply.") from None
 
@@ -790,11 +795,12 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 
 def to_gemini(request: Json, model: str, config: Config,
-              lookup: Callable[[str], Optional[str]] = lambda key: None) -> Translation:
+              lookup: Callable[[str], Optional[str]] = lambda key: None,
+              declare: Optional[Callable[[Json], Json]] = None) -> Translation:
     """Translate a checked Messages request into a generateContent body for `model`.
 
-    `lookup` gives the thought signature kept for a tool_use id or `text_key`, or None. The request
-    is not changed. Raises ProxyError 400 with the path of what cannot be translated.
+    `lookup` gives the thought signature kept for a tool_use id or `text_key`, or None; `declare`
+    may remember what `declaration` makes of a tool. The request is not changed. Raises ProxyError 400 with the path of what cannot be translated.
     Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README.
     """
     rule = model_rule(model)
@@ -805,7 +811,7 @@ def to_gemini(request: Json, model: str, config: Config,
     history.session = short_hash(str(next(first_texts, ""))[:4000])
     contents = to_contents(turns, history)
     tools = offered_tools(request, history)
-    functions, built_in = gemini_tools(tools, rule, notes)
+    functions, built_in = gemini_tools(tools, rule, notes, declare or declaration)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     thinking, thinking_config = thinking_from(request, history.effort, rule, limit)
     generation = generation_config(request, limit, bool(thinking) or rule.can_stop_thinking)
@@ -1266,7 +1272,8 @@ def offered_tools(request: Json, history: History) -> List[Json]:
             if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
 
 
-def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str]) -> Tuple[List[Tuple[Json, Json]], List[str]]:
+def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
+                 declare: Callable[[Json], Json]) -> Tuple[List[Tuple[Json, Json]], List[str]]:
     """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
     functions: List[Tuple[Json, Json]] = []
     built_in: List[str] = []
@@ -1278,9 +1285,9 @@ def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str]) -> Tu
             built_in += [own] if own not in built_in else []
         elif known:
             tool = {"name": tool["name"], "description": known[0], "input_schema": known[1]}
-            functions.append((declaration(tool), tool))
+            functions.append((declare(tool), tool))
         elif kind == "custom" or tool.get("input_schema") is not None:
-            functions.append((declaration(tool), tool))
+            functions.append((declare(tool), tool))
         else:
             notes.append("left out the tool %s: type %s is not known" % (tool["name"], kind))
     if functions and built_in and rule.generation < 3:
@@ -1769,6 +1776,10 @@ class MessageEmitter:
         with _known_form():
             return self._feed(chunk)
 
+    def feed_all(self, chunks: Iterable[Json]) -> List[Json]:
+        """The events of chunks that arrived together."""
+        return [event for chunk in chunks for event in self.feed(chunk)]
+
     def _feed(self, chunk: Json) -> List[Json]:
         self.usage.update((k, v) for k, v in (chunk.get("usageMetadata") or {}).items() if v is not None)
         feedback = chunk.get("promptFeedback") or {}
@@ -2139,50 +2150,51 @@ def error_frame(error: ProxyError, request_id: str) -> bytes:
     return b"event: error\ndata: %s\n\n" % dump_json(error.body(request_id))
 
 
-def chunks_from_sse(pieces: Iterable[bytes]) -> Iterator[Json]:
-    """Bytes of an SSE stream, cut anywhere -> the JSON object of each record.
+def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
+    """Bytes of an SSE stream, cut anywhere -> the JSON objects of the records that end in each piece.
 
     Also takes several `data:` lines in a record, and the bare, pretty-printed error that Gemini
     sends without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError on
     anything that is not JSON.
     """
-    data: List[bytes] = []
+    held: List[bytes] = []   # the start of a line
+    data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
-    for line in _lines(pieces):
-        if line.startswith(b"data:"):
-            data.append(line[5:].lstrip())
-        elif not line and data:
-            yield from _objects(b"\n".join(data))
-            data = []
-        elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
-            bare.append(line)
-    yield from _objects(b"\n".join(data))
-    yield from _objects(b"\n".join(bare))
-
-
-def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    rest: List[bytes] = []
     for piece in pieces:
-        head, newline, tail = piece.partition(b"\n")
-        if not newline:
-            rest.append(piece)
+        if b"\n" not in piece:
+            held.append(piece)
             continue
-        lines = (b"".join(rest) + piece).split(b"\n")
-        rest = [lines.pop()]
+        lines = (b"".join(held) + piece).split(b"\n")
+        held = [lines.pop()]
+        batch: List[Json] = []
         for line in lines:
-            yield line.rstrip(b"\r")
-    yield b"".join(rest).rstrip(b"\r")
+            line = line.rstrip(b"\r")
+            if line.startswith(b"data:"):
+                data.append(line[5:])
+            elif not line and data:
+                batch += _objects(b"\n".join(data))
+                data = []
+            elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+                bare.append(line)
+        if batch:
+            yield batch
+    last = b"".join(held)
+    data += [last[5:]] if last.startswith(b"data:") else []
+    bare += [last] if not last.startswith(b"data:") else []
+    batch = _objects(b"\n".join(data)) + _objects(b"\n".join(bare))
+    if batch:
+        yield batch
 
 
-def _objects(raw: bytes) -> Iterator[Json]:
+def _objects(raw: bytes) -> List[Json]:
     """A JSON object, or the objects of a JSON list; an OpenAI-style [DONE] ends nothing here."""
-    if not raw.strip() or raw == b"[DONE]":
-        return
-    value = json.loads(raw)
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, dict):
-            raise ValueError("an object was expected")
-        yield item
+    if raw.strip() in (b"", b"[DONE]"):
+        return []
+    value = json.loads(raw.decode("utf-8"))
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, dict) for item in items):
+        raise ValueError("an object was expected")
+    return items
 
 
 # ---- 9. Shared state (state) ----------------------------------------------------------------
@@ -2241,6 +2253,30 @@ class SignatureCache:
             return len(self._entries), self._bytes
 
 
+class Declarations:
+    """What `declaration` made of the tools seen last: in a session they are the same in each request."""
+
+    SIZE = 2000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # protects the map
+        self._known: "OrderedDict[bytes, Json]" = OrderedDict()
+
+    def declare(self, tool: Json) -> Json:
+        key = marshal.dumps(tool, 2)  # exact in types, unlike ==; this version has no references
+        with self._lock:
+            declared = self._known.get(key)
+            if declared is not None:
+                self._known.move_to_end(key)
+                return declared
+        declared = declaration(tool)
+        with self._lock:
+            self._known[key] = declared
+            if len(self._known) > self.SIZE:
+                self._known.popitem(last=False)
+        return declared
+
+
 class KeyRing:
     """The Gemini keys in turn; one that failed rests for a while, for the model that it failed on."""
 
@@ -2284,9 +2320,11 @@ class Metrics:
         self._lock = threading.Lock()  # protects the counter
         self._values: Counter = Counter()
 
-    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+    def add(self, *counts: Tuple[str, float, Tuple[Tuple[str, str], ...]]) -> None:
+        """Count (name, amount, ((label, value), ...)) each."""
         with self._lock:
-            self._values[name, tuple(sorted(labels.items()))] += amount
+            for name, amount, labels in counts:
+                self._values[name, labels] += amount
 
     def snapshot(self) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
         with self._lock:
@@ -2338,6 +2376,9 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         tunnel = getattr(request, "_tunnel_host", None)
         place = (request.type, request.host, tunnel)
         headers = {name.title(): value for name, value in request.header_items()}
+        if not all(re.match("[ -~]*$", value) for value in headers.values()):
+            raise ProxyError(401, "The key cannot be sent in a header: it holds more than printable ASCII.",
+                             should_retry=False)
         proxy_headers = {name: headers.pop(name) for name in ("Proxy-Authorization",) if tunnel and name in headers}
         while True:
             connection = self._take(place)
@@ -2351,9 +2392,10 @@ class ConnectionPool(urllib.request.HTTPSHandler):
                     connection.connect()
                     connection.sock.settimeout(self._timeout)
                 request.exchange.use(connection)
-                connection.request(request.get_method(), request.selector, request.data, headers)
-                return Reply(connection, connection.getresponse(), request.exchange,
-                             functools.partial(self._give, place))
+                connection.sock.sendall(http_request(request.get_method(), request.selector, headers, request.data))
+                response = http.client.HTTPResponse(connection.sock, method=request.get_method())
+                response.begin()
+                return Reply(connection, response, request.exchange, functools.partial(self._give, place))
             except (http.client.RemoteDisconnected, ConnectionError):
                 connection.close()
                 if not reused or request.exchange.gone.is_set():
@@ -2403,13 +2445,16 @@ class Reply:
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if the connection ends before the body does."""
-        while True:
-            piece = self._response.read1(65536)
-            if not piece:
-                break
-            yield piece
-        if self._response.length:
-            raise http.client.IncompleteRead(b"", self._response.length)
+        if self._response.chunked:
+            yield from unchunked(self._response.fp)
+        else:
+            while self._response.length is None or self._response.length > 0:
+                piece = self._response.read1(65536)
+                if not piece:
+                    break
+                yield piece
+            if self._response.length:
+                raise http.client.IncompleteRead(b"", self._response.length)
         self._finish()
 
     def read(self, limit: int = 1 << 30) -> bytes:
@@ -2437,6 +2482,41 @@ class Reply:
             self._exchange.release()
             self._response.close()
             connection.close()
+
+
+def http_request(method: str, selector: str, headers: Mapping[str, str], body: Optional[bytes]) -> bytes:
+    """A request in one piece: http.client would send head and body apart, and take five times as long."""
+    lines = ["%s %s HTTP/1.1" % (method, selector)] + ["%s: %s" % item for item in headers.items()]
+    return "\r\n".join(lines + ["", ""]).encode("ascii") + (body or b"")
+
+
+def unchunked(file: Any) -> Iterator[bytes]:
+    """The content of a chunked body; chunks that have arrived together come in one piece, which
+    costs one write to the client instead of several. HTTPException if the body ends too early."""
+    data = bytearray()
+    size = 1
+    while size:
+        contents = []
+        while size and b"\n" in data:
+            line, _, _ = data.partition(b"\n")
+            if not re.match(rb"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r?$", line):
+                raise http.client.HTTPException("a chunk without its size")
+            size = int(re.split(rb"[ \t;\r]", line)[0], 16)
+            end = len(line) + 1 + size
+            if size and len(data) < end + 2:
+                break
+            contents.append(bytes(data[len(line) + 1:end]))
+            if size:
+                del data[:end + 2]
+        if any(contents):
+            yield b"".join(contents)
+        while (size or b"\r\n\r\n" not in data):  # after the last chunk: its trailers
+            more = file.read1(65536)
+            if not more:
+                raise http.client.IncompleteRead(bytes(data))
+            data += more
+            if size:
+                break
 
 
 def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
@@ -2499,7 +2579,7 @@ _NO_JSON_SCHEMA = re.compile(r"(?i)unknown name \"?parameters_?json_?schema|para
 class Gemini:
     """The Gemini API as upstream: chunks of an answer to an Exchange.
 
-    Another upstream is a class with the same `chunks` that yields Gemini-shaped chunks.
+    Another upstream is a class with the same `batches` that yields lists of Gemini-shaped chunks.
     """
 
     REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
@@ -2509,9 +2589,9 @@ class Gemini:
     TOTAL_SECONDS = 120.0    # no new try is begun after this
     LONGEST_WAIT = 5.0       # a longer retry delay is the client's to wait: it needs to see the 429
 
-    def __init__(self, config: Config, metrics: Metrics) -> None:
+    def __init__(self, config: Config) -> None:
         self.keys = KeyRing(config.keys or ("",))
-        self._config, self._metrics = config, metrics
+        self._config = config
         self._pool = ConnectionPool(config.gemini_api_base.startswith("https:"), config.request_timeout)
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
@@ -2522,9 +2602,9 @@ class Gemini:
         self._strict_tools = False
         self._token = ""
 
-    def chunks(self, exchange: Exchange) -> Iterator[Json]:
-        """Yield the answer's chunks. What fails before the first one is repaired or tried again here;
-        after it, a failure is raised as ProxyError."""
+    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
+        """Yield the answer's chunks, those together that arrived together. What fails before the
+        first ones is repaired or tried again here; after them, a failure is raised as ProxyError."""
         started = time.monotonic()
         body = self._body(exchange)
         repaired: set = set()
@@ -2534,7 +2614,7 @@ class Gemini:
             stream = exchange.stream and not last and time.monotonic() >= self._no_stream_until
             attempt = self._attempt(exchange, body, stream)
             try:
-                first = next(attempt, None)
+                first = next(attempt, [])
                 break
             except ProxyError as error:
                 change = self._repair(error, body, repaired)
@@ -2552,9 +2632,8 @@ class Gemini:
                     raise
                 exchange.retries += 1
                 LOG.info("%s: asking again: %s", exchange.model, error.message)
-        if first is not None:
-            yield first
-            yield from attempt
+        yield first
+        yield from attempt
 
     def _body(self, exchange: Exchange) -> Json:
         body = exchange.translation.body
@@ -2609,39 +2688,38 @@ class Gemini:
         LOG.warning("falling back to %s", exchange.model)
         return True
 
-    def _attempt(self, exchange: Exchange, body: Json, stream: bool) -> Iterator[Json]:
-        """One request: chunks of its answer, or ProxyError."""
+    def _attempt(self, exchange: Exchange, body: Json, stream: bool) -> Iterator[List[Json]]:
+        """One request: batches of its answer, or ProxyError."""
         if not stream:
-            yield from self._whole(exchange, body)
+            yield self._whole(exchange, body)
             return
         reply = self._post(exchange, body, "streamGenerateContent?alt=sse")
         try:
             if reply.status in (404, 405, 501):
-                yield from self._without_stream(exchange, body, reply)
-                return
-            self._check(reply, exchange)
-            if "event-stream" not in reply.headers.get("content-type", ""):
-                self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
+                yield self._without_stream(exchange, body, reply)
+            elif reply.status == 200 and "event-stream" not in reply.headers.get("content-type", ""):
                 value = parse_upstream(reply.read())
-                yield from self._checked(value if isinstance(value, list) else [value], exchange)
-                return
-            yield from self._checked(chunks_from_sse(reply.pieces()), exchange)
-            self._broken_streams = 0
+                yield self._checked(value if isinstance(value, list) else [value], exchange)
+                self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
+            else:
+                self._check(reply, exchange)
+                for batch in batches_from_sse(reply.pieces()):
+                    yield self._checked(batch, exchange)
+                self._broken_streams = 0
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
             self._note_broken_stream(exchange)
             raise broken(exc, exchange) from exc
         finally:
             reply.close()
 
-    def _without_stream(self, exchange: Exchange, body: Json, reply: "Reply") -> Iterator[Json]:
+    def _without_stream(self, exchange: Exchange, body: Json, reply: Reply) -> List[Json]:
         """The stream endpoint is missing, or the model: the whole answer tells, and is remembered."""
         refusal = reply.read(100000)
         if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
             raise self._error(404, refusal, exchange)
-        chunks = self._whole(exchange, body)
-        first = next(chunks)
+        batch = self._whole(exchange, body)
         self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
-        yield first
+        return batch
 
     def _note_broken_stream(self, exchange: Exchange) -> None:
         with self._lock:
@@ -2656,11 +2734,11 @@ class Gemini:
         with self._lock:
             self._no_stream_until = time.monotonic() + seconds
 
-    def _whole(self, exchange: Exchange, body: Json) -> Iterator[Json]:
+    def _whole(self, exchange: Exchange, body: Json) -> List[Json]:
         reply = self._post(exchange, body, "generateContent")
         try:
             self._check(reply, exchange)
-            yield from self._checked([parse_upstream(reply.read())], exchange)
+            return self._checked([parse_upstream(reply.read())], exchange)
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise broken(exc, exchange) from exc
         finally:
@@ -2673,17 +2751,15 @@ class Gemini:
                     self._token = ""
             raise self._error(reply.status, reply.read(100000), exchange)
 
-    def _checked(self, chunks: Iterable[Any], exchange: Exchange) -> Iterator[Json]:
-        """Pass chunks on; an error object among them, in a 200, is raised."""
+    def _checked(self, chunks: List[Any], exchange: Exchange) -> List[Json]:
+        """The chunks, unless one is an error object, as they come in a 200, too."""
         for chunk in chunks:
-            if isinstance(chunk, list) and len(chunk) == 1:
-                chunk = chunk[0]
             if not isinstance(chunk, dict):
                 raise ValueError("not an object")
             if "error" in chunk:
                 code = google_error(chunk).get("code")
                 raise self._error(code if isinstance(code, int) and code >= 400 else 500, chunk, exchange)
-            yield chunk
+        return chunks
 
     def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
         """An upstream error without the keys that Google may quote in it."""
@@ -2706,8 +2782,6 @@ class Gemini:
             return self._opener.open(request, timeout=self._config.request_timeout)
         except (OSError, http.client.HTTPException) as exc:
             raise broken(exc, exchange) from exc
-        except ValueError as exc:  # http.client quotes the header, and so the key
-            raise ProxyError(401, "The key cannot be sent in a header.", should_retry=False) from None
 
     def _auth(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
@@ -2776,8 +2850,8 @@ def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retr
             exchange.retries += 1
             emitter.again()
         try:
-            for chunk in upstream.chunks(exchange):
-                emit(emitter.feed, chunk)
+            for batch in upstream.batches(exchange):
+                emit(emitter.feed_all, batch)
         except ProxyError as error:
             if not error.transient or emitter.has_begun or attempt == max_retries:
                 raise
@@ -2922,7 +2996,8 @@ class ProxyServer(ThreadingHTTPServer):
         self.metrics = Metrics()
         self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
                                          config.signature_cache_bytes)
-        self.upstream = upstream or Gemini(config, self.metrics)
+        self.declarations = Declarations()
+        self.upstream = upstream or Gemini(config)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
         self.draining = False
@@ -3229,7 +3304,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.respond(200, dump_json(value))
 
     def respond_error(self, error: ProxyError) -> None:
-        self.server.metrics.add("errors_total", status=str(error.status))
+        self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
         self.close_connection = self.close_connection or self.connection in self.server.surplus
         LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
                 self.request_id, self.command, error.status, error.message)
@@ -3261,20 +3336,22 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """POST /v1/messages"""
         started = time.monotonic()
         server, config = self.server, self.server.config
-        request = check_request(parse_json(self.read_body()))
+        body = self.read_body()
+        request = check_request(parse_json(body))
         models = [resolve_model(request["model"], config)] + [own_name(name) for name in config.fallback_models]
-        translate = functools.partial(to_gemini, request, config=config, lookup=server.signatures.get)
+        translate = functools.partial(to_gemini, request, config=config, lookup=server.signatures.get,
+                                      declare=server.declarations.declare)
         exchange = Exchange(request, models, translate, bool(request.get("stream")) and config.stream_mode == "live",
                             self.client_key())
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
-        for kind, count in exchange.translation.signatures.items():
-            server.metrics.add("signatures_total", count, kind=kind)
+        server.metrics.add(*(("signatures_total", count, (("kind", kind),))
+                             for kind, count in exchange.translation.signatures.items()))
         if config.debug:
             LOG.debug("%s client: %s", self.request_id, shown_body(request))
             LOG.debug("%s upstream: %s", self.request_id, shown_body(exchange.translation.body))
         emitter = MessageEmitter(request["model"], new_id, server.signatures.put, exchange.translation,
-                                 estimate_tokens(exchange.translation), bool(request.get("context_management")))
+                                 estimate_tokens(len(body), exchange.translation), bool(request.get("context_management")))
         try:
             if request.get("stream"):
                 self.stream_answer(exchange, emitter)
@@ -3311,20 +3388,19 @@ class ProxyHandler(BaseHTTPRequestHandler):
                  usage.get("promptTokenCount", 0), usage.get("cachedContentTokenCount", 0),
                  usage.get("candidatesTokenCount", 0), usage.get("thoughtsTokenCount", 0),
                  (time.monotonic() - started) * 1000, ", %d retries" % exchange.retries if exchange.retries else "")
-        metrics = self.server.metrics
-        metrics.add("requests_total", model=exchange.model)
-        metrics.add("retries_total", exchange.retries)
-        for name, kind in (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
-                           ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought")):
-            value = usage.get(name)
-            metrics.add("tokens_total", value if isinstance(value, int) else 0, kind=kind, model=exchange.model)
+        model = ("model", exchange.model)
+        counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
+        counts += [("tokens_total", usage[name], (("kind", kind), model)) for name, kind in TOKEN_KINDS
+                   if isinstance(usage.get(name), int)]
+        self.server.metrics.add(*counts)
 
     def handle_count_tokens(self, path: str) -> None:
         """POST /v1/messages/count_tokens, by a local estimate: clients send dozens at once."""
-        request = check_request(parse_json(self.read_body()))
+        body = self.read_body()
+        request = check_request(parse_json(body))
         model = resolve_model(request["model"], self.server.config)
         translation = to_gemini(request, model, self.server.config)
-        self.respond_json({"input_tokens": estimate_tokens(translation)})
+        self.respond_json({"input_tokens": estimate_tokens(len(body), translation)})
 
     def handle_models(self, path: str) -> None:
         """GET /v1/models, with limit, after_id and before_id"""
@@ -3385,11 +3461,14 @@ class ProxyHandler(BaseHTTPRequestHandler):
         exchange = Exchange(request, [model], translate, False, self.client_key())
         started = time.monotonic()
         emitter = MessageEmitter(model, new_id, lambda key, signature: None, exchange.translation)
-        message = message_from_events(events_from_gemini(self.server.upstream.chunks(exchange), emitter))
+        chunks = (chunk for batch in self.server.upstream.batches(exchange) for chunk in batch)
+        message = message_from_events(events_from_gemini(chunks, emitter))
         self.respond_json({"status": "ok", "model": model, "milliseconds": round((time.monotonic() - started) * 1000),
                            "answer": "".join(b.get("text", "") for b in message["content"])[:100]})
 
 
+TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
+               ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought"))
 ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = MappingProxyType({
     "/v1/messages": {"POST": ProxyHandler.handle_messages},
     "/v1/messages/count_tokens": {"POST": ProxyHandler.handle_count_tokens},
@@ -3422,10 +3501,9 @@ def model_list() -> List[Json]:
             for prefix in ("claude-", "")]
 
 
-def estimate_tokens(translation: Translation) -> int:
-    """Input tokens of a request, roughly: four bytes of text each, and 258 for a medium."""
-    size = len(json.dumps(translation.body, ensure_ascii=False)) - translation.media_bytes
-    return max(1, size // 4 + 258 * translation.media)
+def estimate_tokens(size: int, translation: Translation) -> int:
+    """Input tokens of a request of so many bytes, roughly: four bytes each, and 258 for a medium."""
+    return max(1, (size - translation.media_bytes) // 4 + 258 * translation.media)
 
 
 def shown_body(body: Json) -> str:
@@ -3443,7 +3521,7 @@ class DemoModel:
     Signs its calls like Gemini 3, and refuses a history in which a signature is not its own.
     """
 
-    def chunks(self, exchange: Exchange) -> Iterator[Json]:
+    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
         body = exchange.translation.body
         self._check_signatures(body["contents"])
         last = body["contents"][-1]["parts"]
@@ -3466,7 +3544,7 @@ class DemoModel:
         for i, part in enumerate(parts):
             candidate: Json = {"content": {"role": "model", "parts": [part]}, "index": 0}
             candidate.update({"finishReason": "STOP"} if i == len(parts) - 1 else {})
-            yield {"candidates": [candidate], "usageMetadata": usage}
+            yield [{"candidates": [candidate], "usageMetadata": usage}]
 
     def _call(self, body: Json, text: str) -> Optional[Json]:
         """A call of the first function that takes a command, or of any if the client insists on one."""

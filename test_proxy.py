@@ -41,6 +41,7 @@ import tempfile
 import threading
 import unittest
 import time
+import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -1257,10 +1258,21 @@ class Wire(unittest.TestCase):
         data = data.encode()
         for size in range(1, 40):
             pieces = [data[i:i + size] for i in range(0, len(data), size)]
-            self.assertEqual(list(proxy.chunks_from_sse(pieces)), records)
-        self.assertEqual(list(proxy.chunks_from_sse([b'[{"a": 1}\n,\n{"b": 2}]'])), [{"a": 1}, {"b": 2}])
+            self.assertEqual(sum(proxy.batches_from_sse(pieces), []), records)
+        self.assertEqual(list(proxy.batches_from_sse([b'[{"a": 1}\n,\n{"b": 2}]'])), [[{"a": 1}, {"b": 2}]])
         with self.assertRaises(ValueError):
-            list(proxy.chunks_from_sse([b"data: {nonsense\n\n"]))
+            list(proxy.batches_from_sse([b"data: {nonsense\n\n"]))
+
+    def test_chunked_bodies_come_through_however_they_are_cut(self):
+        data = b"".join(b"%x;x=1\r\n%s\r\n" % (n, b"a" * n) for n in (1, 20, 300)) + b"0\r\nTrailer: x\r\n\r\n"
+        for size in range(1, 60):
+            pieces = [data[i:i + size] for i in range(0, len(data), size)] + [b""]
+            file = types.SimpleNamespace(read1=lambda n: pieces.pop(0))
+            self.assertEqual(b"".join(proxy.unchunked(file)), b"a" * 321)
+        for broken in (data[:100], data[:-1], b"zz\r\n", b"5\r\nabc"):
+            pieces = [broken, b""]
+            with self.assertRaises(http.client.HTTPException):
+                list(proxy.unchunked(types.SimpleNamespace(read1=lambda n: pieces.pop(0))))
 
     def test_json_is_read_as_the_rfc_has_it(self):
         for raw, expected in ((rb'"\ud83d"', "\ufffd"), (rb'"\ud83d\ude00"', "\U0001f600"), (rb'"\\ud83d"', "\\ud83d"), (rb'"\ude00\ud83d"', "\ufffd\ufffd"),
