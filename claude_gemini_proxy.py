@@ -786,6 +786,8 @@ class History:
         self.carried = ""
 
 
+# (role, [((index of the message, index of the block), block), ...])
+Turn = Tuple[str, List[Tuple[Tuple[int, int], Json]]]
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 NO_RESULT = "no result (interrupted)"
 CONTINUE = "Continue."
@@ -831,76 +833,79 @@ def to_gemini(request: Json, model: str, config: Config,
         notes, history.media, history.media_bytes)
 
 
-def to_turns(request: Json, history: History) -> Tuple[List[str], List[Tuple[str, list]]]:
-    """Merge messages into alternating turns -> (system texts, [(role, [(path, block), ...]), ...]).
+def to_turns(request: Json, history: History) -> Tuple[List[str], List[Turn]]:
+    """Merge messages into alternating turns -> (system texts, turns).
 
     `role: system` messages may stand anywhere: leading ones are system texts, later ones become
     reminders in the user turn beside them, which keeps the prefix of the prompt unchanged.
     """
-    system = system_texts(request.get("system"), "system")
-    turns: List[Tuple[str, list]] = []
+    try:
+        system = system_texts(request.get("system"))
+    except ProxyError as exc:
+        raise exc.under("system")
+    turns: List[Turn] = []
     for i, message in enumerate(request["messages"]):
-        path = "messages[%d]" % i
-        role = expect(message, (dict,), path).get("role")
-        blocks = blocks_of(message.get("content"), path + ".content")
-        if role == "system":
-            texts, blocks = system_message(message, path, blocks, request["messages"][i + 1:], not turns)
-            history.effort = (message.get("output_config") or {}).get("effort") or history.effort
-            system += texts
-            role = "user"
-        elif role not in ("user", "assistant"):
-            raise invalid("%s.role: must be user, assistant or system, not %s"
-                          % (path, json.dumps(role)[:80]))
-        summaries = [k for k, (_, b) in enumerate(blocks) if b["type"] == "compaction" and b.get("content")]
-        if summaries:  # a summary stands for everything before it
-            turns = [("user", [blocks[summaries[-1]]])]
-            blocks = blocks[summaries[-1] + 1:]
+        role = expect(message, (dict,), "messages[%d]" % i).get("role")
+        try:
+            blocks = blocks_of(message.get("content"))
+            if role == "system":
+                leads, later = not turns, request["messages"][i + 1:]
+                role, texts, blocks = "user", *system_message(message, blocks, later, leads, history)
+                system += texts
+        except ProxyError as exc:
+            raise exc.under("messages[%d].content" % i)
+        if role not in ("user", "assistant"):
+            raise invalid("messages[%d].role: must be user, assistant or system, not %s"
+                          % (i, json.dumps(role)[:80]))
+        placed = [((i, j), block) for j, block in enumerate(blocks)]
+        if any(block["type"] == "compaction" for block in blocks):
+            summary = max(j for j, block in enumerate(blocks) if block["type"] == "compaction")
+            if blocks[summary].get("content"):  # it stands for everything before it
+                turns, placed = [("user", placed[summary:summary + 1])], placed[summary + 1:]
         if turns and turns[-1][0] == role:
-            turns[-1][1].extend(blocks)
-        elif blocks:
-            turns.append((role, blocks))
+            turns[-1][1].extend(placed)
+        elif placed:
+            turns.append((role, placed))
     return system, turns
 
 
-def system_message(message: Json, path: str, blocks: List[Tuple[str, Json]], later: Sequence[Any],
-                   leads: bool) -> Tuple[List[str], List[Tuple[str, Json]]]:
+def system_message(message: Json, blocks: List[Json], later: Sequence[Any], leads: bool,
+                   history: History) -> Tuple[List[str], List[Json]]:
     """A `role: system` message -> (texts for the system prompt, blocks for the user turn)."""
-    expect(message.get("output_config") or {}, (dict,), path + ".output_config")
+    effort = message.get("output_config")
+    history.effort = effort.get("effort") or history.effort if isinstance(effort, dict) else history.effort
     if message.get("clear_at") == "next_user_message" and any(
             isinstance(m, dict) and m.get("role") == "user" for m in later):
         return [], []
-    texts = [b for _, b in blocks if b["type"] == "text"]
     if leads:
-        return system_texts(texts, path + ".content"), [item for item in blocks if item[1] not in texts]
-    return [], [(at, as_reminder(b)) for at, b in blocks]
+        return (system_texts([block for block in blocks if block["type"] == "text"]),
+                [block for block in blocks if block["type"] != "text"])
+    return [], [as_reminder(block) for block in blocks]
 
 
-def system_texts(system: Any, path: str) -> List[str]:
+def system_texts(system: Any) -> List[str]:
     """Texts of a system prompt, without Claude Code's billing line: it differs by conversation and
     would spoil the cache of the prompt's prefix."""
     texts = []
-    for at, block in blocks_of(system, path):
-        if block.get("type") != "text":
-            raise invalid("%s.type: must be text, not %s" % (at, json.dumps(block.get("type"))[:80]))
-        text = expect(block.get("text"), (str,), at + ".text")
+    for j, block in enumerate(blocks_of(system)):
+        if block["type"] != "text":
+            raise invalid("[%d].type: must be text, not %s" % (j, json.dumps(block["type"])[:80]))
+        text = expect(block.get("text"), (str,), "[%d].text" % j)
         if text and not text.startswith("x-anthropic-billing-header:"):
             texts.append(text)
     return texts
 
 
-def blocks_of(content: Any, path: str) -> List[Tuple[str, Json]]:
-    """A `content` (string, list of blocks or null) -> [(path, block), ...]."""
+def blocks_of(content: Any) -> List[Json]:
+    """A `content` (string, list of blocks or null) -> blocks, each an object with a type."""
     if isinstance(content, str) or content is None:
-        return [(path, {"type": "text", "text": content})] if content else []
-    expect(content, (str, list), path)
-    out = []
-    for j, block in enumerate(content):
-        at = "%s[%d]" % (path, j)
-        if isinstance(block, str):
-            block = {"type": "text", "text": block}
-        expect(expect(block, (dict,), at).get("type"), (str,), at + ".type")
-        out.append((at, block))
-    return out
+        return [{"type": "text", "text": content}] if content else []
+    blocks = [{"type": "text", "text": block} if isinstance(block, str) else block
+              for block in expect(content, (str, list), "")]
+    for j, block in enumerate(blocks):
+        if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+            expect(expect(block, (dict,), "[%d]" % j).get("type"), (str,), "[%d].type" % j)
+    return blocks
 
 
 def as_reminder(block: Json) -> Json:
@@ -911,7 +916,7 @@ def as_reminder(block: Json) -> Json:
     return {"type": "text", "text": REMINDER % text}
 
 
-def to_contents(turns: Sequence[Tuple[str, list]], history: History) -> List[Json]:
+def to_contents(turns: Sequence[Turn], history: History) -> List[Json]:
     """Turns -> Gemini contents that alternate, start and end with the user, and pair every call."""
     contents: List[Json] = []
 
@@ -937,7 +942,7 @@ def to_contents(turns: Sequence[Tuple[str, list]], history: History) -> List[Jso
     return contents
 
 
-def model_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Json]:
+def model_parts(blocks: Sequence[Tuple[Tuple, Json]], history: History) -> List[Json]:
     """Blocks of an assistant turn -> parts; its calls are left in `history.calls`.
 
     Gemini 3 and later refuse a step whose first call has no signature, and accept the dummy. It is
@@ -945,8 +950,8 @@ def model_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Js
     """
     parts: List[Json] = []
     history.carried = ""
-    for path, block in blocks:
-        parts += part_of(path, block, history, MODEL_PARTS)
+    for place, block in blocks:
+        parts += parts_of(block, history, MODEL_PARTS, "messages[%d].content[%d]", place)
     calls = [part for part in parts if "functionCall" in part]
     signed = [part for part in calls if "thoughtSignature" in part]
     for part in signed[1:]:  # two steps that lost what stood between them
@@ -957,7 +962,7 @@ def model_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Js
     return parts
 
 
-def user_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Json]:
+def user_parts(blocks: Sequence[Tuple[Tuple, Json]], history: History) -> List[Json]:
     """Blocks of a user turn -> parts: one response for each open call, in call order, then the rest.
 
     Calls without a result get an error, results without a call become text, a second result for
@@ -966,15 +971,15 @@ def user_parts(blocks: Sequence[Tuple[str, Json]], history: History) -> List[Jso
     results: Dict[str, list] = {}
     rest: List[Json] = []
     known = {call.tool_use_id for call in history.calls}
-    for path, block in blocks:
+    for place, block in blocks:
         if block["type"] == "tool_result":
-            result = tool_result(path, block, history)
+            result = tool_result(block, history, place)
             if result[0] in known:
                 results.setdefault(result[0], []).append(result)
             else:
                 rest += orphan_parts(result)
         else:
-            rest += part_of(path, block, history, USER_PARTS)
+            rest += parts_of(block, history, USER_PARTS, "messages[%d].content[%d]", place)
     parts: List[Json] = []
     beside: List[Json] = []
     for call in history.calls:
@@ -994,19 +999,16 @@ def fits_response(part: Json) -> bool:
     return media.get("mimeType") in RESPONSE_MEDIA
 
 
-def tool_result(path: str, block: Json, history: History) -> Tuple[str, Json, List[Json]]:
+def tool_result(block: Json, history: History, place: Tuple) -> Tuple[str, Json, List[Json]]:
     """A tool_result block -> (tool_use_id, functionResponse.response, media parts)."""
-    tool_use_id = expect(block.get("tool_use_id") or "", (str,), path + ".tool_use_id")
-    texts: List[str] = []
-    media: List[Json] = []
-    for at, inner in blocks_of(block.get("content"), path + ".content"):
-        for part in part_of(at, inner, history, USER_PARTS):
-            if "text" in part:
-                texts.append(part["text"])
-            else:
-                media.append(part)
+    try:
+        tool_use_id = expect(block.get("tool_use_id") or "", (str,), ".tool_use_id")
+        parts = inner_parts(block.get("content"), ".content", history)
+    except ProxyError as exc:
+        raise exc.under("messages[%d].content[%d]" % place)
+    texts = [part["text"] for part in parts if "text" in part]
     key = "error" if block.get("is_error") is True else "output"
-    return tool_use_id, {key: "\n".join(texts)}, media
+    return tool_use_id, {key: "\n".join(texts)}, [part for part in parts if "text" not in part]
 
 
 def orphan_parts(result: Tuple[str, Json, List[Json]]) -> List[Json]:
@@ -1016,12 +1018,26 @@ def orphan_parts(result: Tuple[str, Json, List[Json]]) -> List[Json]:
     return ([{"text": "Result of an earlier tool call:\n%s" % text}] if text else []) + media
 
 
-def part_of(path: str, block: Json, history: History, builders: Mapping[str, Callable]) -> List[Json]:
-    """Translate one block by the table of its role; types that are in no table are shown as JSON."""
+def parts_of(block: Json, history: History, builders: Mapping[str, Callable], path: str,
+             place: Tuple) -> List[Json]:
+    """Translate one block by the table of its role; types that are in no table are shown as JSON.
+
+    `path % place` names the block: it is put together only where there is an error to tell.
+    """
     try:
         return builders.get(block["type"], other_parts)(block, history)
     except ProxyError as exc:
-        raise exc.under(path) from None
+        raise exc.under(path % place)
+
+
+def inner_parts(content: Any, path: str, history: History) -> List[Json]:
+    """The parts of the blocks within a block; `path` is that of `content`, seen from the block."""
+    try:
+        blocks = blocks_of(content)
+    except ProxyError as exc:
+        raise exc.under(path)
+    return [part for j, block in enumerate(blocks)
+            for part in parts_of(block, history, USER_PARTS, "%s[%d]", (path, j))]
 
 
 def text_parts(block: Json, history: History) -> List[Json]:
@@ -1114,8 +1130,7 @@ def document_parts(block: Json, history: History) -> List[Json]:
     if source.get("type") == "text":
         body = text_parts({"text": expect(source.get("data"), (str,), ".source.data")}, history)
     elif source.get("type") == "content":
-        body = [part for at, inner in blocks_of(source.get("content"), ".source.content")
-                for part in part_of(at, inner, history, USER_PARTS)]
+        body = inner_parts(source.get("content"), ".source.content", history)
     elif source.get("type") == "base64" and str(source.get("media_type")).startswith("text/"):
         data = expect(source.get("data"), (str,), ".source.data")
         try:
@@ -1168,8 +1183,7 @@ def media_part(source: Json, what: str, default_type: str, history: History) -> 
 
 
 def search_result_parts(block: Json, history: History) -> List[Json]:
-    texts = [part["text"] for at, inner in blocks_of(block.get("content"), ".content")
-             for part in part_of(at, inner, history, USER_PARTS) if "text" in part]
+    texts = [part["text"] for part in inner_parts(block.get("content"), ".content", history) if "text" in part]
     return [{"text": "Search result: %s (%s)\n%s" % (block.get("title"), block.get("source"), "\n".join(texts))}]
 
 
@@ -1212,8 +1226,7 @@ def tool_change_parts(block: Json, history: History) -> List[Json]:
 
 
 def compaction_parts(block: Json, history: History) -> List[Json]:
-    for at, change in blocks_of(block.get("tool_changes"), ".tool_changes"):
-        part_of(at, change, history, USER_PARTS)
+    inner_parts(block.get("tool_changes"), ".tool_changes", history)
     content = block.get("content")
     return [{"text": "Summary of the conversation so far:\n%s" % content}] if isinstance(content, str) else []
 
