@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import http.client
@@ -76,7 +77,7 @@ LOG = logging.getLogger("claude_gemini_proxy")
 class ModelRule(NamedTuple):
     """What a family of Gemini models takes; thinking by `levels` (3 and later) or `budget` (2.5)."""
 
-    prefix: str
+    prefixes: Tuple[str, ...]
     generation: int
     levels: Tuple[str, ...]
     budget: Tuple[int, int]      # fewest and most thinking tokens
@@ -86,18 +87,13 @@ class ModelRule(NamedTuple):
 # https://ai.google.dev/gemini-api/docs/thinking (read 2026-11-20). The first prefix that fits wins;
 # no model from 3 on can be told not to think, MINIMAL is as near as it gets.
 MODEL_RULES = (
-    ("gemini-2.5-pro", 2, (), (128, 32768), False),
-    ("gemini-2.5-flash-lite", 2, (), (512, 24576), True),
-    ("gemini-2.5", 2, (), (1, 24576), True),
-    ("gemini-2", 2, (), (0, 0), True),
-    ("gemini-1", 2, (), (0, 0), True),
-    ("gemma", 2, (), (0, 0), True),
-    ("gemini-3-flash", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
-    ("gemini-3.1-flash-lite", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
-    ("gemini-3.5-flash", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
-    ("gemini-3.6-flash", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
-    ("gemini-flash-lite-latest", 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
-    ("", 3, ("LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    (("gemini-2.5-pro",), 2, (), (128, 32768), False),
+    (("gemini-2.5-flash-lite",), 2, (), (512, 24576), True),
+    (("gemini-2.5",), 2, (), (1, 24576), True),
+    (("gemini-2", "gemini-1", "gemma"), 2, (), (0, 0), True),
+    (("gemini-3-flash", "gemini-3.1-flash-lite", "gemini-3.5-flash", "gemini-3.6-flash",
+      "gemini-flash-lite-latest"), 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    (("",), 3, ("LOW", "MEDIUM", "HIGH"), (0, 0), False),
 )
 EFFORT_LEVELS = MappingProxyType({"minimal": "LOW", "low": "LOW", "medium": "MEDIUM",
                                   "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"})
@@ -114,27 +110,18 @@ LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-
     ("gemini-2.5-pro", "Gemini 2.5 Pro", "2025-06-17"),
 )
 
-# finishReason -> (stop_reason, what the reader is told); "{}" takes Gemini's finishMessage.
-# https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20). Not in the table: end_turn.
-STOP_REASONS = MappingProxyType({
-    "": ("end_turn", ""),
-    "STOP": ("end_turn", ""),
-    "MAX_TOKENS": ("max_tokens", ""),
-    "CONTINUATION": ("max_tokens", ""),
-    "SAFETY": ("refusal", "Gemini stopped this answer: SAFETY."),
-    "PROHIBITED_CONTENT": ("refusal", "Gemini stopped this answer: PROHIBITED_CONTENT."),
-    "BLOCKLIST": ("refusal", "Gemini stopped this answer: BLOCKLIST."),
-    "SPII": ("refusal", "Gemini stopped this answer: SPII (sensitive personal information)."),
-    "MODEL_ARMOR": ("refusal", "Gemini stopped this answer: MODEL_ARMOR."),
-    "IMAGE_SAFETY": ("refusal", "Gemini stopped this answer: IMAGE_SAFETY."),
-    "IMAGE_PROHIBITED_CONTENT": ("refusal", "Gemini stopped this answer: IMAGE_PROHIBITED_CONTENT."),
-    "RECITATION": ("end_turn", "Gemini stopped this answer: RECITATION (too close to a source)."),
-    "LANGUAGE": ("end_turn", "Gemini stopped this answer: LANGUAGE (not supported)."),
-    "MALFORMED_FUNCTION_CALL": ("end_turn", "Gemini wrote a tool call that cannot be read. {}"),
-    "UNEXPECTED_TOOL_CALL": ("end_turn", "Gemini called a tool that was not offered. {}"),
-    "TOO_MANY_TOOL_CALLS": ("end_turn", "Gemini stopped after too many calls of its own tools. {}"),
-    "MISSING_THOUGHT_SIGNATURE": ("end_turn", "Gemini misses a thought signature. {}"),
-    "MALFORMED_RESPONSE": ("end_turn", "Gemini's answer was malformed. {}"),
+# finishReason -> stop_reason; those in no row end the turn, with a note of what Gemini called it.
+# https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20).
+STOP_REASONS = MappingProxyType(dict(
+    {"": "end_turn", "STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens"},
+    SAFETY="refusal", PROHIBITED_CONTENT="refusal", BLOCKLIST="refusal", SPII="refusal",
+    MODEL_ARMOR="refusal", IMAGE_SAFETY="refusal", IMAGE_PROHIBITED_CONTENT="refusal"))
+STOP_NOTES = MappingProxyType({
+    "": "", "STOP": "", "MAX_TOKENS": "", "CONTINUATION": "",
+    "RECITATION": "Gemini stopped this answer: RECITATION (too close to a source).",
+    "MALFORMED_FUNCTION_CALL": "Gemini wrote a tool call that cannot be read. {}",
+    "UNEXPECTED_TOOL_CALL": "Gemini called a tool that was not offered. {}",
+    "MALFORMED_RESPONSE": "Gemini's answer was malformed. {}",
 })
 # The same enum by number, as `$alt=json;enum-encoding=int` sends it (recorded).
 FINISH_REASON_NAMES = ("", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE", "BLOCKLIST",
@@ -166,29 +153,24 @@ URL_TYPES = MappingProxyType({"png": "image/png", "webp": "image/webp", "heic": 
 MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
                ("application/pdf", b"%PDF"))
 
-# Anthropic's own client tools, declared as plain functions. Source: anthropic SDK 2.11 (2026-11-20).
+# Anthropic's own client tools, declared as plain functions. Source: anthropic SDK 2.11.0.
+_EDITS = MappingProxyType({
+    "path": {"type": "string"}, "file_text": {"type": "string", "description": "Whole text, for create."},
+    "old_str": {"type": "string"}, "new_str": {"type": "string"}, "insert_line": {"type": "integer"},
+    "insert_text": {"type": "string"}, "view_range": {"type": "array", "items": {"type": "integer"}}})
 CLIENT_TOOLS = MappingProxyType({
     "bash_": ("Run a command in a persistent bash session.", {
         "type": "object", "properties": {
             "command": {"type": "string", "description": "The command to run."},
             "restart": {"type": "boolean", "description": "Restart the session instead."}}}),
     "text_editor_": ("View, create and edit text files.", {
-        "type": "object", "required": ["command", "path"], "properties": {
-            "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
-            "path": {"type": "string", "description": "Absolute path of the file or directory."},
-            "file_text": {"type": "string", "description": "Whole text, for create."},
-            "old_str": {"type": "string"}, "new_str": {"type": "string"},
-            "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
-            "view_range": {"type": "array", "items": {"type": "integer"}}}}),
+        "type": "object", "required": ["command", "path"], "properties": dict(
+            _EDITS, command={"type": "string", "enum": ["view", "create", "str_replace", "insert"]})}),
     "memory_": ("Read and write files under /memories that outlive this conversation.", {
-        "type": "object", "required": ["command"], "properties": {
-            "command": {"type": "string",
-                        "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]},
-            "path": {"type": "string"}, "old_path": {"type": "string"},
-            "new_path": {"type": "string"}, "file_text": {"type": "string"},
-            "old_str": {"type": "string"}, "new_str": {"type": "string"},
-            "insert_line": {"type": "integer"}, "insert_text": {"type": "string"},
-            "view_range": {"type": "array", "items": {"type": "integer"}}}}),
+        "type": "object", "required": ["command"], "properties": dict(
+            _EDITS, old_path={"type": "string"}, new_path={"type": "string"}, command={
+                "type": "string",
+                "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]})}),
 })
 # Tools that run inside Gemini: prefix of Anthropic's type -> field of Gemini's Tool.
 SERVER_TOOLS = MappingProxyType({"web_search_": "googleSearch", "web_fetch_": "urlContext",
@@ -377,46 +359,44 @@ def _bool(value: str) -> bool:
     return value.lower() in ("1", "true", "yes", "on")
 
 
-def _count(value: str) -> int:
-    if not re.match(r"\d{1,12}$", value):
-        raise ValueError("must be a whole number of 0 or more")
-    return int(value)
-
-
-def _positive(value: str) -> int:
-    if not re.match(r"0*[1-9]\d{0,11}$", value):
-        raise ValueError("must be a whole number of 1 or more")
-    return int(value)
-
-
-def _port(value: str) -> int:
-    if not re.match(r"\d{1,5}$", value) or int(value) > 65535:
-        raise ValueError("must be a port number, 0 to 65535")
-    return int(value)
-
-
-def _seconds(value: str) -> float:
-    if not re.match(r"\d{1,7}(\.\d+)?$", value) or float(value) <= 0:
-        raise ValueError("must be a number of seconds above 0")
+def _number(value: str, least: float, most: float = 1e12) -> float:
+    if not re.match(r"\d{1,12}(\.\d{1,6})?$", value) or not least <= float(value) <= most:
+        raise ValueError("must be a number from %g to %g" % (least, most))
     return float(value)
 
 
+def _seconds(value: str) -> float:
+    return _number(value, 0.01)
+
+
+def _count(value: str) -> int:
+    return int(_number(value, 0))
+
+
+def _positive(value: str) -> int:
+    return int(_number(value, 1))
+
+
+def _port(value: str) -> int:
+    return int(_number(value, 0, 65535))
+
+
+def _one_of(value: str, *allowed: str) -> str:
+    if value.lower() not in allowed:
+        raise ValueError("must be %s" % " or ".join(allowed))
+    return value.lower()
+
+
 def _auth_type(value: str) -> str:
-    if value not in ("api-key", "bearer"):
-        raise ValueError("must be api-key or bearer")
-    return value
+    return _one_of(value, "api-key", "bearer")
 
 
 def _stream_mode(value: str) -> str:
-    if value not in ("live", "replay"):
-        raise ValueError("must be live or replay")
-    return value
+    return _one_of(value, "live", "replay")
 
 
 def _log_level(value: str) -> str:
-    if value.lower() not in ("debug", "info", "warning", "error"):
-        raise ValueError("must be debug, info, warning or error")
-    return value.lower()
+    return _one_of(value, "debug", "info", "warning", "error")
 
 
 def _names(value: str) -> Tuple[str, ...]:
@@ -712,7 +692,7 @@ def expect(value: Any, kinds: Tuple[type, ...], path: str) -> Any:
     return value
 
 
-def check_request(body: Any, max_tokens_required: bool = False) -> Json:
+def check_request(body: Any) -> Json:
     """Check the top level of a Messages request; deeper levels are checked where they are translated.
 
     Fields that are unknown, or that change nothing in an answer, pass. Raises ProxyError 400.
@@ -1304,7 +1284,7 @@ def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
         else:
             notes.append("left out the tool %s: type %s is not known" % (tool["name"], kind))
     if functions and built_in and rule.generation < 3:
-        notes.append("left out %s: %s* takes it only without functions" % (", ".join(built_in), rule.prefix))
+        notes.append("left out %s: %s* takes it only without functions" % (", ".join(built_in), rule.prefixes[0]))
         built_in = []
     return functions, built_in
 
@@ -1426,8 +1406,6 @@ _TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object",
 _FORMATS = MappingProxyType({"string": ("date-time",), "integer": ("int32", "int64"),
                              "number": ("float", "double")})
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 20, 2000
-ANY_VALUE = MappingProxyType({"anyOf": tuple({"type": kind} for kind in ("string", "number", "boolean", "object"))
-                              + ({"type": "array", "items": {"type": "string"}},)})
 
 
 class _Place:
@@ -1500,7 +1478,9 @@ def _list(schema: Json, key: str) -> List[Any]:
 
 
 def _any_value() -> Json:
-    return {"anyOf": [dict(branch) for branch in ANY_VALUE["anyOf"]]}
+    """What a node without a type becomes: Gemini wants to be told one, or several."""
+    return {"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"}, {"type": "object"},
+                      {"type": "array", "items": {"type": "string"}}]}
 
 
 def _resolved(schema: Json, place: _Place) -> Tuple[Json, _Place]:
@@ -1545,14 +1525,17 @@ def _joined(base: Json, extra: Json) -> Json:
 
 def _types(schema: Json) -> List[str]:
     """The types that a node allows; inferred where it names none, empty if nothing tells."""
-    named = schema.get("type")
-    types = [kind.lower() for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)]
-    types = [kind for kind in types if kind in _TYPES]
+    named = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+    types = [kind.lower() for kind in named if isinstance(kind, str) and kind.lower() in _TYPES]
     if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
         types = sorted({_json_type(value) for value in _values(schema)})
-        if not types:
-            types = ["object"] * isinstance(schema.get("properties"), dict) or ["array"] * ("items" in schema)
-    return types + ["null"] * (bool(types) and "null" not in types and schema.get("nullable") is True)
+        if not types and isinstance(schema.get("properties"), dict):
+            types = ["object"]
+        elif not types and "items" in schema:
+            types = ["array"]
+    if types and "null" not in types and schema.get("nullable") is True:
+        types.append("null")
+    return types
 
 
 def _values(schema: Json) -> List[Any]:
@@ -1651,23 +1634,23 @@ def strict_schema(node: Json) -> Json:
 
     Source: https://ai.google.dev/api/caching#Schema (read 2026-11-20).
     """
+    if node.get("type") == "null":
+        return {"type": "string", "nullable": True}
+    if node.get("type") == "object" and not node.get("properties"):
+        hint = "%s (a JSON object, as text)" % node.get("description", "")
+        return {"type": "string", "description": hint.strip()}
     out = {key: value for key, value in node.items()
            if key not in ("anyOf", "default", "items", "properties", "additionalProperties")}
-    branches = [strict_schema(branch) for branch in node.get("anyOf", ()) if branch.get("type") != "null"]
-    if len(branches) == 1:
-        out = dict(branches[0], **out)
-    elif branches:
-        out["anyOf"] = branches
-    if len(branches) < len(node.get("anyOf", ())) or node.get("type") == "null":
-        out = dict({"type": "string"}, **dict(out, nullable=True)) if not branches else dict(out, nullable=True)
-    if out.get("type") == "null":
-        out["type"] = "string"
+    alternatives = node.get("anyOf", [])
+    branches = [strict_schema(branch) for branch in alternatives if branch.get("type") != "null"]
+    if alternatives:
+        out = dict(branches[0], **out) if len(branches) == 1 else dict(out, anyOf=branches)
+        if len(branches) < len(alternatives):
+            out["nullable"] = True
     if "items" in node:
         out["items"] = strict_schema(node["items"])
-    if node.get("properties"):
+    if "properties" in node:
         out["properties"] = {name: strict_schema(prop) for name, prop in node["properties"].items()}
-    elif node.get("type") == "object":
-        out = {"type": "string", "description": ("%s (a JSON object, as text)" % node.get("description", "")).strip()}
     return out
 
 
@@ -2031,9 +2014,10 @@ def finish_name(reason: Any) -> str:
 
 def stop_reason(finish_reason: str, called: bool) -> Tuple[str, str]:
     """finishReason -> (stop_reason, note for the reader). Gemini says STOP for tool calls, too."""
-    default = ("end_turn", "Gemini stopped this answer: %s. {}" % finish_reason)
-    reason, note = STOP_REASONS.get(finish_reason, default)
-    return ("tool_use", "") if called else (reason, note)
+    if called:
+        return "tool_use", ""
+    note = STOP_NOTES.get(finish_reason, "Gemini stopped this answer: %s. {}" % finish_reason)
+    return STOP_REASONS.get(finish_reason, "end_turn"), note
 
 
 def client_name(name: str, names: Mapping[str, str]) -> str:
@@ -2157,10 +2141,6 @@ PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 def sse_frame(event: Json) -> bytes:
     """Event -> frame. Both lines are needed: the Python SDK drops records without `event:`."""
     return b"event: %s\ndata: %s\n\n" % (event["type"].encode("ascii"), dump_json(event))
-
-
-def error_frame(error: ProxyError, request_id: str) -> bytes:
-    return b"event: error\ndata: %s\n\n" % dump_json(error.body(request_id))
 
 
 def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
@@ -2623,8 +2603,8 @@ class Gemini:
         repaired: set = set()
         failures = 0
         while True:
-            last = exchange.stream and 0 < failures == self._config.max_retries
-            stream = exchange.stream and not last and time.monotonic() >= self._no_stream_until
+            last_try = failures > 0 and failures == self._config.max_retries
+            stream = exchange.stream and not last_try and time.monotonic() >= self._no_stream_until
             attempt = self._attempt(exchange, body, stream)
             try:
                 first = next(attempt, [])
@@ -2890,7 +2870,6 @@ class EventStream:
         self._write, self._head, self._emitter = write, head, emitter
         self._ping_seconds, self._chunked = ping_seconds, chunked
         self.committed = False
-        self.first_event_at = 0.0
         self._closed = False
         self._last_write = self._last_event = time.monotonic()
 
@@ -2912,7 +2891,7 @@ class EventStream:
         """Tell of a failure in the middle of the stream: it must not look like an end."""
         with self._lock:
             self._closed = True
-            self._send(error_frame(error, request_id), b"0\r\n\r\n")
+            self._send(sse_frame(error.body(request_id)), b"0\r\n\r\n")
 
     def close(self) -> None:
         with self._lock:
@@ -2936,7 +2915,6 @@ class EventStream:
     def _send(self, frames: bytes, end: bytes = b"") -> None:
         if not self.committed:
             self.committed = True
-            self.first_event_at = time.monotonic()
             frames = b"".join([sse_frame(event) for event in self._emitter.start()]) + frames
             head = self._head
         else:
@@ -3642,6 +3620,8 @@ def serve(server: ProxyServer, demo: bool) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    # A large request is some 10,000 new objects, none of them in a cycle: look for cycles less often.
+    gc.set_threshold(20000, 20, 20)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not stop.wait(3600):
         pass

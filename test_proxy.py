@@ -1018,7 +1018,7 @@ class Requests(unittest.TestCase):
 
 
 # ---- 6. Schemas --------------------------------------------------------------------------------------------
-ANY = {"anyOf": list(proxy.ANY_VALUE["anyOf"])}
+ANY = proxy._any_value()
 S = {"type": "string"}
 SCHEMA_CASES = (
     ("keywords as names", {"type": "object", "properties": {n: {"type": "string"} for n in (
@@ -2084,7 +2084,7 @@ class Promises(unittest.TestCase):
         self.assertNotIn("s3cret", repr(load({"GEMINI_API_KEY": "s3cret", "PROXY_AUTH_TOKEN": "s3cret"})))
 
     def test_a_bad_start_is_one_clear_line(self):
-        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a port number"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN")):
+        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a number from 0 to 65535"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN")):
             got, output = child(proxy.__file__, **env)
             self.assertEqual(got, status)
             self.assertIn(text, output)
