@@ -1107,7 +1107,7 @@ RESPONSE_CASES = (  # name, chunks, blocks, stop_reason
      [("text", "yes")], "end_turn"),
     ("max tokens", [chunk("a", finish="MAX_TOKENS")], [("text", "a")], "max_tokens"),
     ("max tokens with nothing said", [chunk(finish="MAX_TOKENS")],
-     [("text", "[Gemini used its whole output limit for thinking; raise max_tokens or lower the effort.]")], "max_tokens"),
+     [("text", "[Gemini used its whole limit for thinking; raise max_tokens or lower the effort.]")], "max_tokens"),
     ("max tokens after a call", [chunk(BASH, finish="MAX_TOKENS")], [USED], "tool_use"),
     ("blocked output", [chunk("a"), chunk(finish="SAFETY")], [("text", "a\n\n[Gemini stopped this answer: SAFETY.]")], "refusal"),
     ("blocked prompt", [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}], [("text", "[Gemini refused this prompt: PROHIBITED_CONTENT.]")], "refusal"),
