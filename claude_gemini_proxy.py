@@ -241,8 +241,9 @@ def invalid(message: str) -> ProxyError:
 # What looks like a key of Google's or of another provider's; upstreams quote them in errors.
 SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
 _OVERFLOW = re.compile(
-    r"input token count\D*?(?:\((\d+)\) )?exceeds the maximum number of tokens allowed\D*(\d+)")
-_RETRY_IN = re.compile(r"retry in (?:(\d+)h)?(?:(\d+)m(?!s))?([\d.]+)(ms|s)")
+    r"input token count\D*?(?:\((\d{1,15})\) )?exceeds the maximum number of tokens allowed"
+    r"\D*(\d{1,15})")
+_RETRY_IN = re.compile(r"retry in (?:(\d{1,4})h)?(?:(\d{1,4})m(?!s))?(\d{1,9}(?:\.\d+)?)(ms|s)")
 _MARKUP = re.compile(r"(?s)<(style|script|title)\b.*?</\1>|<[^>]+>")
 _BAD_IMAGE = re.compile(r"(?i)input image|image (?:is )?not valid|source image|thumbnailer")
 _BAD_PDF = re.compile(r"(?i)document has no pages|invalid pdf|process (?:the )?(?:pdf|document)")
@@ -336,7 +337,7 @@ def _quota_error(message: str, details: Sequence[Json]) -> ProxyError:
 def _retry_delay(message: str, details: Sequence[Json]) -> float:
     """Seconds to wait by RetryInfo, or by the sentence `Please retry in 20.04s.`; else 0."""
     for detail in details:
-        delay = re.match(r"([\d.]+)s$", str(detail.get("retryDelay")))
+        delay = re.match(r"(\d{1,9}(?:\.\d+)?)s$", str(detail.get("retryDelay")))
         if delay:
             return float(delay.group(1))
     found = _RETRY_IN.search(message)
@@ -376,26 +377,28 @@ def _bool(value: str) -> bool:
     return value.lower() in ("1", "true", "yes", "on")
 
 
-def _number(value: str, least: float, most: float = 1e12) -> float:
-    if not re.match(r"\d{1,12}(\.\d{1,6})?$", value) or not least <= float(value) <= most:
-        raise ValueError("must be a number from %g to %g" % (least, most))
+def _seconds(value: str) -> float:
+    if not re.match(r"\d{1,7}(\.\d{1,6})?$", value) or float(value) <= 0:
+        raise ValueError("must be a number of seconds above 0")
     return float(value)
 
 
-def _seconds(value: str) -> float:
-    return _number(value, 0.01)
+def _whole(value: str, least: int, most: int) -> int:
+    if not re.match(r"\d{1,13}$", value) or not least <= int(value) <= most:
+        raise ValueError("must be a whole number from %d to %d" % (least, most))
+    return int(value)
 
 
 def _count(value: str) -> int:
-    return int(_number(value, 0))
+    return _whole(value, 0, 10 ** 12)
 
 
 def _positive(value: str) -> int:
-    return int(_number(value, 1))
+    return _whole(value, 1, 10 ** 12)
 
 
 def _port(value: str) -> int:
-    return int(_number(value, 0, 65535))
+    return _whole(value, 0, 65535)
 
 
 def _one_of(value: str, *allowed: str) -> str:
@@ -1912,7 +1915,7 @@ class MessageEmitter:
         if not note and not self.answered:
             note = "Gemini gave an empty answer."
             if reason == "max_tokens":
-                note = "Gemini used its whole limit for thinking; raise max_tokens or lower the effort."
+                note = "Gemini used its whole limit to think; raise max_tokens or lower the effort."
         with _known_form():
             searches = self._sources()
         if note:

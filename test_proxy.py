@@ -1107,7 +1107,7 @@ RESPONSE_CASES = (  # name, chunks, blocks, stop_reason
      [("text", "yes")], "end_turn"),
     ("max tokens", [chunk("a", finish="MAX_TOKENS")], [("text", "a")], "max_tokens"),
     ("max tokens with nothing said", [chunk(finish="MAX_TOKENS")],
-     [("text", "[Gemini used its whole limit for thinking; raise max_tokens or lower the effort.]")], "max_tokens"),
+     [("text", "[Gemini used its whole limit to think; raise max_tokens or lower the effort.]")], "max_tokens"),
     ("max tokens after a call", [chunk(BASH, finish="MAX_TOKENS")], [USED], "tool_use"),
     ("blocked output", [chunk("a"), chunk(finish="SAFETY")], [("text", "a\n\n[Gemini stopped this answer: SAFETY.]")], "refusal"),
     ("blocked prompt", [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}], [("text", "[Gemini refused this prompt: PROHIBITED_CONTENT.]")], "refusal"),
@@ -2084,7 +2084,7 @@ class Promises(unittest.TestCase):
         self.assertNotIn("s3cret", repr(load({"GEMINI_API_KEY": "s3cret", "PROXY_AUTH_TOKEN": "s3cret"})))
 
     def test_a_bad_start_is_one_clear_line(self):
-        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a number from 0 to 65535"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN")):
+        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a whole number from 0 to 65535"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN")):
             got, output = child(proxy.__file__, **env)
             self.assertEqual(got, status)
             self.assertIn(text, output)
