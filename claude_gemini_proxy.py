@@ -2461,13 +2461,16 @@ class ConnectionPool(urllib.request.HTTPSHandler):
     IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
 
     def __init__(self, secure: bool, timeout: float) -> None:
-        context = ssl.create_default_context() if secure else None
-        super().__init__(context=context or ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        self._tls, self._timeout = context, timeout
+        # One context for the process, as loading the CAs takes 15 ms; without HTTPS an empty one,
+        # or the base class would load them.
+        self._tls = (ssl.create_default_context() if secure
+                     else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        super().__init__(context=self._tls)
+        self._timeout = timeout
         self._lock = threading.Lock()  # protects _idle
         self._idle: Dict[Tuple, List[Tuple[Any, float]]] = {}
 
-    http_request = urllib.request.AbstractHTTPHandler.do_request_
+    http_request = urllib.request.AbstractHTTPHandler.do_request_  # as HTTPHandler has it
 
     def http_open(self, request: urllib.request.Request) -> "Reply":
         return self._open(request, http.client.HTTPConnection)
@@ -2481,8 +2484,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         place = (request.type, request.host, tunnel)
         headers = {name.title(): value for name, value in request.header_items()}
         if not all(re.match("[ -~]*$", value) for value in headers.values()):
-            raise ProxyError(
-                401, "The key cannot be sent in a header: it holds more than printable ASCII.",
+            raise ProxyError(401, "The key cannot be sent: it holds more than printable ASCII.",
                              should_retry=False)
         names = [name for name in ("Proxy-Authorization",) if tunnel and name in headers]
         proxy_headers = {name: headers.pop(name) for name in names}
@@ -2604,29 +2606,34 @@ def unchunked(file: Any) -> Iterator[bytes]:
     """The content of a chunked body; chunks that have arrived together come in one piece, which
     costs one write to the client instead of several. HTTPException if the body ends too early."""
     data = bytearray()
-    size = 1
-    while size:
-        contents = []
-        while size and b"\n" in data:
-            line, _, _ = data.partition(b"\n")
-            if not re.match(rb"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r?$", line):
-                raise http.client.HTTPException("a chunk without its size")
-            size = int(re.split(rb"[ \t;\r]", line)[0], 16)
-            end = len(line) + 1 + size
-            if size and len(data) < end + 2:
-                break
-            contents.append(bytes(data[len(line) + 1:end]))
-            if size:
-                del data[:end + 2]
-        if any(contents):
-            yield b"".join(contents)
-        while (size or b"\r\n\r\n" not in data):  # after the last chunk: its trailers
-            more = file.read1(65536)
-            if not more:
-                raise http.client.IncompleteRead(bytes(data))
-            data += more
-            if size:
-                break
+    ended = False
+    while not ended:
+        data += file.read1(65536) or _cut_short(data)
+        content, ended = take_chunks(data)
+        if content:
+            yield content
+    while b"\r\n\r\n" not in data:  # what is left is the last chunk's line, and trailers
+        data += file.read1(65536) or _cut_short(data)
+
+
+def _cut_short(data: bytearray) -> bytes:
+    raise http.client.IncompleteRead(bytes(data))
+
+
+def take_chunks(data: bytearray) -> Tuple[bytes, bool]:
+    """Take whole chunks from the start of `data` -> (their content, whether it was the last)."""
+    contents = []
+    while b"\n" in data:
+        line, _, _ = data.partition(b"\n")
+        if not re.match(rb"[0-9A-Fa-f]{1,15}[ \t]*(;.*)?\r?$", line):
+            raise http.client.HTTPException("a chunk without its size")
+        size = int(re.split(rb"[ \t;\r]", line)[0], 16)
+        start = len(line) + 1
+        if not size or len(data) < start + size + 2:
+            return b"".join(contents), not size
+        contents.append(bytes(data[start:start + size]))
+        del data[:start + size + 2]
+    return b"".join(contents), False
 
 
 def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
@@ -2713,7 +2720,7 @@ class Gemini:
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
             self._opener.add_handler(handler)
-        self._lock = threading.Lock()  # protects the four below
+        self._lock = threading.Lock()  # protects the four below, for writing
         self._no_stream_until = 0.0
         self._broken_streams = 0
         self._strict_tools = False
@@ -2792,8 +2799,7 @@ class Gemini:
                 and time.monotonic() - started < self.TOTAL_SECONDS)
 
     def _wait(self, exchange: Exchange, error: ProxyError, failures: int) -> None:
-        """Full jitter,
-        https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/."""
+        """Full jitter: a random time up to a limit that doubles, so that clients spread out."""
         seconds = error.retry_after or secrets.SystemRandom().uniform(
             0, self.BACKOFF_SECONDS * min(16, 2 ** failures))
         if exchange.gone.wait(seconds):
