@@ -1338,9 +1338,7 @@ def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
     built_in: List[str] = []
     for tool in tools:
         kind = tool.get("type") or "custom"
-        own = next((name for prefix, name in SERVER_TOOLS.items() if kind.startswith(prefix)), None)
-        known = next((value for prefix, value in CLIENT_TOOLS.items() if kind.startswith(prefix)),
-                     None)
+        own, known = by_prefix(SERVER_TOOLS, kind), by_prefix(CLIENT_TOOLS, kind)
         if own:
             built_in += [own] if own not in built_in else []
         elif known:
@@ -1355,6 +1353,13 @@ def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
                      % (", ".join(built_in), rule.prefixes[0]))
         built_in = []
     return functions, built_in
+
+
+def by_prefix(table: Mapping[str, Any], kind: str) -> Any:
+    """The row for a dated tool type such as web_search_20250305, or None; "custom" has none."""
+    if kind == "custom":
+        return None
+    return next((row for prefix, row in table.items() if kind.startswith(prefix)), None)
 
 
 def declaration(tool: Json) -> Json:
