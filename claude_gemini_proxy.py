@@ -22,8 +22,8 @@ Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request t
 12 HTTP front end, 13 program. Sections 1 to 8 are pure: no I/O, clock, environment or random.
 
 Promises: contacts only the configured upstream; listens on 127.0.0.1 unless told otherwise;
-writes nothing to disk; keeps thought signatures in memory, nothing else of a conversation; sends
-no telemetry. Needs Python 3.8 or newer and nothing but its standard library.
+writes nothing to disk but the log that LOG_FILE names; keeps thought signatures in memory, nothing
+else of a conversation; sends no telemetry. Needs Python 3.8 or newer and its standard library.
 """
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ import re
 import secrets
 import select
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -324,11 +325,12 @@ def _quota_error(message: str, details: Sequence[Json]) -> ProxyError:
     values = {str(v.get("quotaValue")) for v in violations}
     values |= {str(d["metadata"].get("quota_limit_value")) for d in details
                if isinstance(d.get("metadata"), dict)}
+    limits = set(re.findall(r"limit: (\d+)", message)) | (values - {"None"})
+    if limits == {"0"}:
+        return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
+                          should_retry=False)
     if "PerDay" in quota_ids or "Daily" in quota_ids or "per day" in message:
         return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
-                          should_retry=False)
-    if "0" in values or re.search(r"limit: 0\b(?!\.)", message):
-        return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
                           should_retry=False)
     return ProxyError(429, "Gemini's rate limit: %s" % message,
                       retry_after=_retry_delay(message, details) or 10)
@@ -401,6 +403,13 @@ def _port(value: str) -> int:
     return _whole(value, 0, 65535)
 
 
+def _host_port(value: str) -> Tuple[str, str]:
+    found = re.match(r"(?:(\[[0-9A-Fa-f:]+\]|[^:\s]*):)?(\d{1,5})$", value)
+    if not found:
+        raise ValueError("must look like 127.0.0.1:8318 or [::1]:8318")
+    return (found.group(1) or "").strip("[]"), found.group(2)
+
+
 def _one_of(value: str, *allowed: str) -> str:
     if value.lower() not in allowed:
         raise ValueError("must be %s" % " or ".join(allowed))
@@ -413,6 +422,10 @@ def _auth_type(value: str) -> str:
 
 def _stream_mode(value: str) -> str:
     return _one_of(value, "live", "replay")
+
+
+def _log_format(value: str) -> str:
+    return _one_of(value, "text", "json")
 
 
 def _log_level(value: str) -> str:
@@ -480,15 +493,15 @@ class Config:
         help="where Gemini is, with the version"))
     gemini_auth_type: str = field(default="api-key", metadata=dict(
         parse=_auth_type, help="api-key (x-goog-api-key) or bearer (Authorization)"))
-    gemini_token_command: str = field(default="", metadata=dict(
-        parse=_text,
+    gemini_token_command: str = field(default="", repr=False, metadata=dict(
+        parse=_text, secret=True, dotenv=False,
         help="command that prints a bearer token; run without a shell, again after a 401"))
     host: str = field(default="127.0.0.1", metadata=dict(
         parse=_text,
-        also=(("PROXY_LISTEN_ADDR", lambda address: address.rpartition(":")[0].strip("[]")),),
+        also=(("PROXY_LISTEN_ADDR", lambda address: _host_port(address)[0]),),
         help="address to listen on; beyond loopback only with PROXY_AUTH_TOKEN"))
     port: int = field(default=8318, metadata=dict(
-        parse=_port, also=(("PROXY_LISTEN_ADDR", lambda address: address.rpartition(":")[2]),),
+        parse=_port, also=(("PROXY_LISTEN_ADDR", lambda address: _host_port(address)[1]),),
         help="port to listen on; 0 takes a free one"))
     proxy_auth_token: str = field(default="", repr=False, metadata=dict(
         parse=_secret, secret=True, help="token that clients must send, as x-api-key or Bearer"))
@@ -538,6 +551,11 @@ class Config:
         parse=_positive, help="connections served at once; one more gets a 529"))
     log_level: str = field(default="info", metadata=dict(
         parse=_log_level, help="debug, info, warning or error"))
+    log_format: str = field(default="text", metadata=dict(
+        parse=_log_format, help="text, or json: one object a line"))
+    log_file: str = field(default="", metadata=dict(
+        parse=_text, dotenv=False,
+        help="file for the log instead of stderr; with run, nowhere if empty"))
     debug: bool = field(default=False, metadata=dict(
         parse=_bool, help="true: log both bodies, cut and without keys"))
 
@@ -560,28 +578,45 @@ def environment_names(row: dataclasses.Field) -> List[Tuple[str, Callable[[str],
 def build_parser() -> argparse.ArgumentParser:
     """A flag for each setting that is no secret: every local user can see a command line."""
     parser = argparse.ArgumentParser(
-        prog="claude_gemini_proxy.py", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="claude_gemini_proxy.py", allow_abbrev=False,
+        usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [sh|fish|powershell] | check]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run Claude Code and other Anthropic clients on Google Gemini.",
-        epilog="Commands: serve (default), run CLIENT [ARGS], env [sh|fish|powershell], check.\n"
-               "Precedence: flag > environment > .env in the working directory > default.\n"
+        epilog="Precedence: flag > environment > .env in the working directory > default.\n"
                "From the environment or .env only:\n" + "".join(
                    "  %s: %s\n"
                    % (", ".join(name for name, _ in environment_names(row)), row.metadata["help"])
                    for row in dataclasses.fields(Config) if row.metadata.get("secret")))
-    parser.add_argument("command", nargs="?", default="serve",
-                        choices=("serve", "run", "env", "check"),
-                        help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     parser.add_argument("--demo", action="store_true",
                         help="answer from a built-in model: no key, no network")
     parser.add_argument("--version", action="version", version="claude_gemini_proxy " + __version__)
     for row in dataclasses.fields(Config):
         if not row.metadata.get("secret"):
             names = ", ".join(name for name, _ in environment_names(row))
-            parser.add_argument("--" + row.name.replace("_", "-"), metavar="X",
+            optional = {"nargs": "?", "const": "true"} if isinstance(row.default, bool) else {}
+            parser.add_argument("--" + row.name.replace("_", "-"), metavar="X", **optional,
                                 help="%s [%s; default %s]" % (
                 row.metadata["help"].replace("%", "%%"), names, shown_default(row)))
     return parser
+
+
+COMMANDS = ("serve", "run", "env", "check")
+SHELLS = ("sh", "fish", "powershell")
+
+
+def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
+    """-> (command, flags, what follows the command). All after `run` is the client's."""
+    position = next((i for i, word in enumerate(argv) if word in COMMANDS), len(argv))
+    command = argv[position] if position < len(argv) else "serve"
+    rest = list(argv[position + 1:])
+    own = list(argv[:position]) + ([] if command == "run" else rest)
+    shell = [word for word in rest if word in SHELLS][:1] if command == "env" else []
+    parser = build_parser()
+    flags, unknown = parser.parse_known_args([word for word in own if word not in shell])
+    if unknown:  # not shown whole: it may be a key
+        parser.error("not understood: %s (keys are not taken here, see below --help)" % (
+            unknown[0].partition("=")[0] if unknown[0].startswith("-") else "an argument"))
+    return command, vars(flags), rest if command == "run" else shell
 
 
 def shown_default(row: dataclasses.Field) -> str:
@@ -607,17 +642,26 @@ def parse_dotenv(text: str) -> Dict[str, str]:
     return out
 
 
-def load_config(flags: Mapping[str, Any], *environments: Mapping[str, str]) -> Config:
-    """Settings from flags (by field name), then each environment in turn, then the defaults.
+def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
+                dotenv: Mapping[str, str] = MappingProxyType({})) -> Config:
+    """Settings from flags (by field name), the environment, .env, then the defaults.
 
-    Raises ValueError with one line that names the setting and what it must be.
+    A .env may come with somebody else's repository: it names no command to run and no file to
+    write, and no place to send a key to that is not from the same .env. Raises ValueError with one
+    line that names the setting and what it must be.
     """
     values = {}
+    names = {row.name: environment_names(row) for row in dataclasses.fields(Config)}
+    if any(dotenv.get(name) for name, _ in names["gemini_api_base"]) and any(
+            environ.get(name) for name, _ in names["gemini_api_key"][:-1]):
+        raise ValueError("GEMINI_API_BASE is in .env, but the key is not: put both in one place")
     for row in dataclasses.fields(Config):
         sources = [("--" + row.name.replace("_", "-"), flags.get(row.name), _text)]
-        for environment in environments:
-            sources += [(name, environment.get(name), read)
-                        for name, read in environment_names(row)]
+        name = row.name.upper()
+        if name in dotenv and not row.metadata.get("dotenv", True):
+            raise ValueError("%s is not taken from .env: set it in the environment" % name)
+        for environment in (environ, dotenv):
+            sources += [(name, environment.get(name), read) for name, read in names[row.name]]
         for name, value, read in sources:
             try:
                 text = read(value) if value else ""
@@ -1838,7 +1882,7 @@ class MessageEmitter:
         self._session = translation.session if translation else ""
         self._thinking = translation.thinking if translation else "shown"
         self._single_call = bool(translation and translation.single_call)
-        self._input_tokens = input_tokens
+        self.input_tokens = input_tokens
         self._edits_wanted = edits_wanted
         self._out: List[Json] = []
         self._index = -1
@@ -1858,7 +1902,7 @@ class MessageEmitter:
             "model": self.requested_model,
             "content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None,
             "container": None,
-            "usage": full_usage(self._input_tokens)}}]
+            "usage": full_usage(self.input_tokens)}}]
 
     def feed(self, chunk: Json) -> List[Json]:
         """One GenerateContentResponse -> events. Unknown parts and fields are passed over.
@@ -2099,7 +2143,7 @@ class MessageEmitter:
         prompt = max(0, usage.get("promptTokenCount", 0) - cached)
         prompt += usage.get("toolUsePromptTokenCount", 0)
         thoughts = usage.get("thoughtsTokenCount", 0)
-        return full_usage(prompt if usage else self._input_tokens, cached,
+        return full_usage(prompt if usage else self.input_tokens, cached,
                           usage.get("candidatesTokenCount", 0) + thoughts, thoughts, searches)
 
 
@@ -2383,6 +2427,39 @@ class Declarations:
         return declared
 
 
+class TokenCounts:
+    """Token counts by content, and an estimate that learns from the true counts seen."""
+
+    SIZE = 5000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # protects the three below
+        self._known: "OrderedDict[bytes, int]" = OrderedDict()
+        self._estimated, self._true = 1.0, 1.0
+
+    def estimate(self, size: int, translation: Translation) -> int:
+        """Tokens of `size` bytes of request: a quarter, and 258 for each medium; calibrated."""
+        rough = (size - translation.media_bytes) // 4 + 258 * translation.media
+        return max(1, round(rough * self._true / self._estimated))
+
+    def learn(self, estimated: int, true: int) -> None:
+        """Older counts fade: a session is more like its last request than like any other."""
+        with self._lock:
+            factor = self._true / self._estimated
+            self._estimated = 0.8 * self._estimated + max(1.0, estimated / factor)
+            self._true = 0.8 * self._true + max(1.0, true)
+
+    def get(self, key: bytes) -> Optional[int]:
+        with self._lock:
+            return self._known.get(key)
+
+    def put(self, key: bytes, tokens: int) -> None:
+        with self._lock:
+            self._known[key] = tokens
+            if len(self._known) > self.SIZE:
+                self._known.popitem(last=False)
+
+
 class KeyRing:
     """The Gemini keys in turn; one that failed rests for a while, for the model it failed on."""
 
@@ -2503,7 +2580,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
             try:
                 if connection.sock is None:
                     connection.connect()
-                    connection.sock.settimeout(self._timeout)
+                connection.sock.settimeout(request.timeout)
                 request.exchange.use(connection)
                 connection.sock.sendall(http_request(request.get_method(), request.selector,
                                                      headers, request.data))
@@ -2715,6 +2792,7 @@ class Gemini:
     BROKEN_SECONDS = 60.0    # for this long
     BACKOFF_SECONDS = 0.5    # of the first wait, at most; it doubles, up to 16 times this
     TOTAL_SECONDS = 120.0    # no new try is begun after this
+    COUNT_SECONDS = 2.0      # for a token count, or a list of models
     LONGEST_WAIT = 5.0       # a longer retry delay is the client's to wait: it needs to see the 429
 
     def __init__(self, config: Config) -> None:
@@ -2725,7 +2803,10 @@ class Gemini:
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
             self._opener.add_handler(handler)
-        self._lock = threading.Lock()  # protects the four below, for writing
+        self._counting = threading.BoundedSemaphore(4)
+        self._lock = threading.Lock()  # protects all below, for writing
+        self._models: Optional[Mapping[str, Json]] = None
+        self._models_until = 0.0
         self._no_stream_until = 0.0
         self._broken_streams = 0
         self._strict_tools = False
@@ -2747,6 +2828,7 @@ class Gemini:
                 first = next(attempt, [])
                 break
             except ProxyError as error:
+                LOG.info("%s: %s", exchange.model, error.message)
                 change = self._repair(error, body, repaired)
                 if change is not None:
                     body = change
@@ -2761,7 +2843,6 @@ class Gemini:
                     error.transient = False  # its tries are used up
                     raise
                 exchange.retries += 1
-                LOG.info("%s: asking again: %s", exchange.model, error.message)
         yield first
         yield from attempt
 
@@ -2902,18 +2983,70 @@ class Gemini:
         error.message = SECRETS.sub("[key]", error.message)
         return error
 
-    def _post(self, exchange: Exchange, body: Json, action: str) -> Reply:
-        """The only place that talks to the network."""
+    def count(self, exchange: Exchange) -> Optional[int]:
+        """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
+
+        Source: https://ai.google.dev/api/tokens (read 2026-11-20). The model must be named inside.
+        """
+        model = "models/" + exchange.model
+        body = {"generateContentRequest": dict(exchange.translation.body, model=model)}
+        deadline = time.monotonic() + self.COUNT_SECONDS
+        if not self._counting.acquire(timeout=self.COUNT_SECONDS):
+            return None
+        try:
+            reply = self._post(exchange, body, "countTokens", max(0.1, deadline - time.monotonic()))
+            with contextlib.closing(reply):
+                self._check(reply, exchange)
+                tokens = parse_upstream(reply.read(100000)).get("totalTokens")
+            return tokens if isinstance(tokens, int) else None
+        except (ProxyError, OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
+            LOG.info("%s: no token count, an estimate instead: %s", exchange.model, exc)
+            return None
+        finally:
+            self._counting.release()
+
+    def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
+        """What the key can use: id -> Gemini's description; None if upstream does not say."""
+        if time.monotonic() < self._models_until and not client_key:
+            return self._models
+        exchange = Exchange({}, [""], lambda model: None, False, client_key)
+        found: Dict[str, Json] = {}
+        token = ""
+        try:
+            for _ in range(10):
+                with contextlib.closing(self._send(exchange, "models?pageSize=1000" + token, None,
+                                                   self.COUNT_SECONDS)) as reply:
+                    self._check(reply, exchange)
+                    page = parse_upstream(reply.read(10 << 20))
+                for model in _dicts(page.get("models")):
+                    if "generateContent" in (model.get("supportedGenerationMethods") or ()):
+                        found[str(model.get("name")).rpartition("/")[2]] = model
+                if not page.get("nextPageToken"):
+                    break
+                token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
+        except (ProxyError, OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
+            LOG.info("no list of models from upstream: %s", exc)
+        if not client_key:
+            with self._lock:
+                self._models = found or None
+                self._models_until = time.monotonic() + (600 if found else 30)
+        return found or None
+
+    def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Reply:
         model = urllib.parse.quote(exchange.model, safe="/@")
         path = model if "/" in model else "models/" + model
-        url = "%s/%s:%s" % (self._config.gemini_api_base, path, action)
+        return self._send(exchange, "%s:%s" % (path, action), dump_json(body), timeout)
+
+    def _send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float) -> Reply:
+        """The only place that talks to the network."""
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity",
                    "User-Agent": "claude_gemini_proxy/" + __version__}
         headers.update(self._auth(exchange))
         try:
-            request = urllib.request.Request(url, dump_json(body), headers)
+            url = "%s/%s" % (self._config.gemini_api_base, path)
+            request = urllib.request.Request(url, data, headers)
             request.exchange = exchange
-            return self._opener.open(request, timeout=self._config.request_timeout)
+            return self._opener.open(request, timeout=timeout or self._config.request_timeout)
         except (OSError, http.client.HTTPException) as exc:
             raise broken(exc, exchange) from exc
 
@@ -3016,6 +3149,7 @@ class EventStream:
         self._write, self._head, self._emitter = write, head, emitter
         self._ping_seconds, self._chunked = ping_seconds, chunked
         self.committed = False
+        self.first_event_at = 0.0
         self._closed = False
         self._last_write = self._last_event = time.monotonic()
 
@@ -3025,6 +3159,7 @@ class EventStream:
             frames = [sse_frame(event) for event in step(*args)]
             if frames:
                 self._last_event = time.monotonic()
+                self.first_event_at = self.first_event_at or self._last_event
                 self._send(b"".join(frames))
 
     def end(self, step: Callable[..., List[Json]]) -> None:
@@ -3135,6 +3270,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
                                          config.signature_cache_bytes)
         self.declarations = Declarations()
+        self.tokens = TokenCounts()
         self.upstream = upstream or Gemini(config)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
@@ -3288,14 +3424,14 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if self.command == "HEAD":
                 self.respond(200 if methods else 404, b"")
                 return
+            if path not in OPEN_PATHS:
+                self.authorize()
             if methods is None:
                 raise ProxyError(
                     404, "There is nothing at this address; this proxy serves /v1/messages.")
             if self.command not in methods:
                 raise ProxyError(405, "%s takes %s, not %s"
                                  % (path, " or ".join(methods), self.command))
-            if path not in OPEN_PATHS:
-                self.authorize()
             methods[self.command](self, path)
         except ProxyError as error:
             self.respond_error(error)
@@ -3504,7 +3640,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
             LOG.debug("%s upstream: %s", self.request_id, shown_body(exchange.translation.body))
         emitter = MessageEmitter(
             request["model"], new_id, server.signatures.put, exchange.translation,
-            estimate_tokens(len(body), exchange.translation),
+            server.tokens.estimate(len(body), exchange.translation),
             bool(request.get("context_management")))
         try:
             if request.get("stream"):
@@ -3538,13 +3674,21 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.respond_json(message_from_events(events))
 
     def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float) -> None:
-        usage = emitter.usage
-        LOG.info("%s %s -> %s %s in %s (cached %s) out %s (thoughts %s) %.0f ms%s", self.request_id,
-                 exchange.request["model"], exchange.model, emitter.finish_reason or "-",
-                 usage.get("promptTokenCount", 0), usage.get("cachedContentTokenCount", 0),
-                 usage.get("candidatesTokenCount", 0), usage.get("thoughtsTokenCount", 0),
-                 (time.monotonic() - started) * 1000, ", %d retries" % exchange.retries
-                 if exchange.retries else "")
+        """One line for each request, and the counters."""
+        usage, now = emitter.usage, time.monotonic()
+        first = self.stream.first_event_at if self.stream else 0.0
+        fields = {"request_id": self.request_id, "requested": exchange.request["model"],
+                  "model": exchange.model, "finish": emitter.finish_reason or "-",
+                  "first_ms": round((first - started) * 1000) if first else None,
+                  "total_ms": round((now - started) * 1000), "retries": exchange.retries,
+                  "key": exchange.key_number + 1}
+        fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
+        LOG.info("%(request_id)s %(requested)s -> %(model)s %(finish)s, tokens in %(input)s "
+                 "(cached %(cached)s) out %(output)s (thoughts %(thought)s), first %(first_ms)s "
+                 "ms, all %(total_ms)s ms, retries %(retries)s, key %(key)s", fields,
+                 extra={"fields": fields})
+        if isinstance(usage.get("promptTokenCount"), int):
+            self.server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         model = ("model", exchange.model)
         counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
         counts += [("tokens_total", usage[name], (("kind", kind), model))
@@ -3552,17 +3696,30 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.server.metrics.add(*counts)
 
     def handle_count_tokens(self, path: str) -> None:
-        """POST /v1/messages/count_tokens, by a local estimate: clients send dozens at once."""
-        body = self.read_body()
+        """POST /v1/messages/count_tokens: Gemini's own count, or an estimate if that takes long.
+
+        Clients send dozens at once, most of them again and again.
+        """
+        server, body = self.server, self.read_body()
         request = check_request(parse_json(body))
-        model = resolve_model(request["model"], self.server.config)
-        translation = to_gemini(request, model, self.server.config)
-        self.respond_json({"input_tokens": estimate_tokens(len(body), translation)})
+        translate = functools.partial(to_gemini, request, config=server.config,
+                                      declare=server.declarations.declare)
+        exchange = Exchange(request, [resolve_model(request["model"], server.config)], translate,
+                            False, self.client_key())
+        estimate = server.tokens.estimate(len(body), exchange.translation)
+        key = hashlib.blake2b(exchange.model.encode() + body, digest_size=16).digest()
+        tokens = server.tokens.get(key)
+        if tokens is None:
+            tokens = server.upstream.count(exchange)
+            if tokens is not None:
+                server.tokens.put(key, tokens)
+                server.tokens.learn(estimate, tokens)
+        self.respond_json({"input_tokens": estimate if tokens is None else tokens})
 
     def handle_models(self, path: str) -> None:
         """GET /v1/models, with limit, after_id and before_id"""
         query = urllib.parse.parse_qs(self.path.partition("?")[2])
-        listed = model_list()
+        listed = model_list(self.server.upstream.models(self.client_key()))
         ids = [model["id"] for model in listed]
         after, before = query.get("after_id", [""])[0], query.get("before_id", [""])[0]
         start = ids.index(after) + 1 if after in ids else 0
@@ -3578,10 +3735,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def handle_model(self, path: str) -> None:
         """GET /v1/models/{id}: a listed model, or a name of Claude's, which is always answered"""
         wanted = path[len("/v1/models/"):]
-        found = [model for model in model_list() if model["id"] == wanted]
+        listed = model_list(self.server.upstream.models(self.client_key()))
+        found = [model for model in listed if model["id"] == wanted]
         if not found and ("gemini" in wanted or not _CLAUDE_NAME.search(wanted)):
             raise ProxyError(404, "model: %s" % wanted[:200])
-        self.respond_json(found[0] if found else model_entry(wanted, wanted, "2026-01-01"))
+        self.respond_json(found[0] if found else model_entry(wanted, {"displayName": wanted}))
 
     def handle_health(self, path: str) -> None:
         self.respond_json({"status": "ok", "version": __version__})
@@ -3647,26 +3805,28 @@ MODEL_ROUTE = MappingProxyType({"GET": ProxyHandler.handle_model})
 OPEN_PATHS = frozenset({"/health"})
 
 
-def model_entry(id_: str, display_name: str, created: str) -> Json:
+def model_entry(id_: str, model: Json) -> Json:
     """A model as /v1/models describes it, with the fields that the SDKs require.
 
     Source: https://docs.claude.com/en/api/models (read 2026-11-20), anthropic SDK 2.11.0.
     """
-    return {"type": "model", "id": id_, "display_name": display_name, "lifecycle": "active",
-            "created_at": created + "T00:00:00Z", "max_input_tokens": INPUT_LIMIT,
-            "max_tokens": OUTPUT_LIMIT, "capabilities": None, "deprecated_at": None,
-            "retires_at": None, "line": None}
+    return {"type": "model", "id": id_, "display_name": str(model.get("displayName") or id_),
+            "created_at": "%sT00:00:00Z" % model.get("created", "2026-01-01"),
+            "lifecycle": "active",
+            "max_input_tokens": model.get("inputTokenLimit") or INPUT_LIMIT,
+            "max_tokens": model.get("outputTokenLimit") or OUTPUT_LIMIT, "capabilities": None,
+            "deprecated_at": None, "retires_at": None, "line": None}
 
 
-def model_list() -> List[Json]:
-    """Every model twice: by its id, and as claude-<id>, which Claude Code's /model shows."""
-    return [model_entry(prefix + id_, name, created) for id_, name, created in LISTED_MODELS
+def model_list(models: Optional[Mapping[str, Json]]) -> List[Json]:
+    """Every model twice: by its id, and as claude-<id>, which Claude Code's /model shows.
+
+    `models` is what the key can use (id -> Gemini's description); without it, a fixed list.
+    """
+    known = {id_: {"displayName": name, "created": created} for id_, name, created in LISTED_MODELS}
+    shown = {id_: dict(known.get(id_, {}), **model) for id_, model in (models or known).items()}
+    return [model_entry(prefix + id_, model) for id_, model in shown.items()
             for prefix in ("claude-", "")]
-
-
-def estimate_tokens(size: int, translation: Translation) -> int:
-    """Input tokens of a request of `size` bytes, roughly: a quarter, and 258 for each medium."""
-    return max(1, (size - translation.media_bytes) // 4 + 258 * translation.media)
 
 
 def shown_body(body: Json) -> str:
@@ -3742,6 +3902,12 @@ class DemoModel:
         samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": []}
         return samples.get(schema["type"])
 
+    def count(self, exchange: Exchange) -> Optional[int]:
+        return None
+
+    def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
+        return None
+
     def _check_signatures(self, contents: Sequence[Json]) -> None:
         for content in contents:
             for part in content["parts"]:
@@ -3758,17 +3924,54 @@ class DemoModel:
         pass
 
 
+class LogLines(logging.Formatter):
+    """Log records as text, coloured on a terminal, or as JSON objects."""
+
+    def __init__(self, as_json: bool, coloured: bool) -> None:
+        super().__init__("%(asctime)s %(levelname).1s %(message)s")
+        self._as_json, self._coloured = as_json, coloured
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self._as_json:
+            fields = dict({"time": self.formatTime(record), "level": record.levelname.lower()},
+                          **getattr(record, "fields", {"message": record.getMessage()}))
+            fields.update({"trace": super().format(record)} if record.exc_info else {})
+            return json.dumps(fields)
+        text = super().format(record)
+        colour = {logging.WARNING: "33", logging.ERROR: "31"}.get(record.levelno)
+        return "\x1b[%sm%s\x1b[0m" % (colour, text) if colour and self._coloured else text
+
+
+def start_logging(config: Config, quiet: bool) -> None:
+    """Log to LOG_FILE, or to stderr; a command that shares the terminal with a client is quiet."""
+    if config.log_file:
+        handler: logging.Handler = logging.FileHandler(config.log_file, encoding="utf-8")
+    else:
+        handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
+    coloured = not config.log_file and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    handler.setFormatter(LogLines(config.log_format == "json", coloured))
+    LOG.addHandler(handler)
+    LOG.propagate = False
+    LOG.setLevel("DEBUG" if config.debug else config.log_level.upper())
+
+
 def make_server(config: Config, upstream: Any = None) -> ProxyServer:
     """A bound server, ready for serve_forever(); server_close() ends it. For vendored copies."""
     return ProxyServer(config, upstream)
 
 
-def client_environment(url: str, token: str, environ: Mapping[str, str]) -> Dict[str, str]:
-    """What a client needs in its environment; what the user has set there wins."""
+def client_environment(url: str, token: str, environ: Mapping[str, str],
+                       model: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, str]:
+    """What a client needs in its environment; what the user has set there wins.
+
+    `model` is Gemini's description of the main model.
+    Source: https://code.claude.com/docs/en/env-vars (read 2026-11-20).
+    """
+    window = str(model.get("inputTokenLimit") or INPUT_LIMIT)
     wanted = {"CLAUDE_CODE_ATTRIBUTION_HEADER": "0", "ENABLE_TOOL_SEARCH": "true",
               "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1",
-              "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(INPUT_LIMIT),
-              "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "60000"}
+              "CLAUDE_CODE_MAX_CONTEXT_TOKENS": window, "CLAUDE_CODE_AUTO_COMPACT_WINDOW": window,
+              "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(model.get("outputTokenLimit") or OUTPUT_LIMIT)}
     wanted = {name: environ.get(name) or value for name, value in wanted.items()}
     no_proxy = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
     no_proxy = ",".join(filter(None, [no_proxy, "127.0.0.1", "localhost"]))
@@ -3793,8 +3996,11 @@ def serve(server: ProxyServer, demo: bool) -> int:
     config = server.config
     model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config),
                                                         resolve_model("claude-haiku", config))
-    LOG.info("claude_gemini_proxy %s on %s, %s, %s", __version__, server.url, model,
-             config.stream_mode)
+    LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s", __version__,
+            server.url, model, config.stream_mode)
+    base = urllib.parse.urlsplit(config.gemini_api_base)
+    if base.scheme == "http" and not is_loopback(base.hostname or "") and not demo:
+        LOG.warning("keys and prompts travel unencrypted to %s", config.gemini_api_base)
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -3817,7 +4023,8 @@ def serve(server: ProxyServer, demo: bool) -> int:
 def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     """Serve in this process while a client runs in an environment for it; -> its exit status."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    values = client_environment(server.url, server.config.proxy_auth_token, os.environ)
+    model = (server.upstream.models() or {}).get(resolve_model("claude-opus", server.config), {})
+    values = client_environment(server.url, server.config.proxy_auth_token, os.environ, model)
     environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
     try:
         child = subprocess.Popen(list(command), env=dict(environ, **values))
@@ -3833,49 +4040,72 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
 
 
 def check_setup(server: ProxyServer) -> int:
-    """Prove, step by step, that an answer and a signed tool round trip work; 0 if all do."""
+    """Prove the settings step by step, each with a line on what to mend; 0 if all hold."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    config = server.config
-    model = resolve_model("claude-sonnet", config)
-    tool = {"name": "get_time", "description": "Tells the time of a city.", "input_schema": {
-        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
-    request: Json = {"model": "claude-sonnet", "max_tokens": 2000, "stream": False,
-                     "messages": [{"role": "user", "content": "Say ok."}]}
     failed = 0
 
-    def step(name: str, body: Json, test: Callable[[Json], bool]) -> Json:
+    def step(name: str, prove: Callable[[], str]) -> None:
+        """Run one proof, which returns what is wrong or raises ProxyError."""
         nonlocal failed
         try:
-            answer = ask(server, body)
-            shown = json.dumps(answer["content"])[:200]
-            problem = "" if test(answer) else "unexpected answer: %s" % shown
+            problem = prove()
         except ProxyError as error:
-            answer, problem = {}, error.message
+            problem = error.message
         failed += bool(problem)
         print("%s %s%s" % ("FAIL" if problem else "ok  ", name, ": " + problem if problem else ""))
-        return answer
 
-    for tier in ("opus", "sonnet", "haiku"):
-        step("%s -> %s answers" % (tier, resolve_model("claude-" + tier, config)),
-             dict(request, model="claude-" + tier),
-             lambda answer: bool(answer["content"]))
-    ask_tool = dict(request, tools=[tool], tool_choice={"type": "any"},
-                    thinking={"type": "adaptive"},
-                    messages=[{"role": "user",
-                               "content": "What time is it in Rome? Use the tool."}])
-    answer = step("%s calls a tool" % model, ask_tool,
-                  lambda answer: answer["stop_reason"] == "tool_use")
-    if answer.get("stop_reason") == "tool_use":
-        results = [{"type": "tool_result", "tool_use_id": b["id"], "content": "12:34"}
-                   for b in answer["content"] if b["type"] == "tool_use"]
-        messages = ask_tool["messages"] + [{"role": "assistant", "content": answer["content"]},
-                                           {"role": "user", "content": results}]
-        step("its signed result is taken",
-             dict(ask_tool, tool_choice={"type": "none"}, messages=messages),
-             lambda answer: bool(answer["content"]))
+    tiers = {name: resolve_model("claude-" + name, server.config)
+             for name in ("opus", "sonnet", "haiku")}
+    listed = server.upstream.models()
+    if listed is not None:
+        for model in sorted(set(tiers.values()) | set(server.config.fallback_models)):
+            step("%s is offered to this key" % model, lambda: "" if own_name(model) in listed else
+                 "it is not; see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, FALLBACK_MODELS")
+    for name, model in tiers.items():
+        step("%s -> %s answers" % (name, model), lambda: check_answer(server, "claude-" + name))
+    step("a signed tool call makes its round trip", lambda: check_tool(server))
+    step("Claude Code is on the PATH", check_client)
     server.shutdown()
     server.server_close()
     return 1 if failed else 0
+
+
+def check_answer(server: ProxyServer, model: str) -> str:
+    """Ask for a stream, as Claude Code does; -> what is wrong with it."""
+    message = ask(server, {"model": model, "max_tokens": 2000, "stream": True,
+                           "messages": [{"role": "user", "content": "Say ok."}]})
+    reason = message.get("stop_reason")
+    return "" if reason == "end_turn" else "it ended with %s" % reason
+
+
+def check_tool(server: ProxyServer) -> str:
+    """Have a tool called and give its result back; -> what is wrong."""
+    tool = {"name": "get_time", "description": "Tells the time of a city.", "input_schema": {
+        "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+    messages: List[Json] = [{"role": "user", "content": "What time is it in Rome? Use the tool."}]
+    request = {"model": "claude-sonnet", "max_tokens": 4000, "tools": [tool], "messages": messages,
+               "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}}
+    answer = ask(server, request)
+    calls = [block["id"] for block in answer["content"] if block["type"] == "tool_use"]
+    if not calls:
+        return "the model called no tool: %s" % json.dumps(answer["content"])[:200]
+    messages += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": id_, "content": "12:34"} for id_ in calls]}]
+    answer = ask(server, dict(request, tool_choice={"type": "none"}))
+    return "" if answer["content"] else "no answer to the tool's result"
+
+
+def check_client() -> str:
+    """-> what is wrong with the client."""
+    path = shutil.which("claude")
+    if not path:
+        return "it is not: npm install -g @anthropic-ai/claude-code"
+    try:
+        done = subprocess.run([path, "--version"], stdout=subprocess.PIPE, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as exc:
+        return "%s --version failed: %s" % (path, exc)
+    print("     %s" % done.stdout.decode("utf-8", "replace").strip())
+    return ""
 
 
 def ask(server: ProxyServer, body: Json) -> Json:
@@ -3884,8 +4114,14 @@ def ask(server: ProxyServer, body: Json) -> Json:
     connection.request("POST", "/v1/messages", dump_json(body), {
         "Content-Type": "application/json", "x-api-key": server.config.proxy_auth_token or "local"})
     response = connection.getresponse()
-    answer = json.loads(response.read())
+    raw = response.read()
     connection.close()
+    if response.status == 200 and body.get("stream"):
+        events = [event for batch in batches_from_sse([raw]) for event in batch]
+        if events[-1]["type"] == "error":
+            raise ProxyError(500, events[-1]["error"]["message"])
+        return message_from_events(events)
+    answer = json.loads(raw)
     if response.status != 200:
         raise ProxyError(response.status, answer["error"]["message"])
     return answer
@@ -3900,28 +4136,26 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if sys.version_info < (3, 8):
         print("claude_gemini_proxy needs Python 3.8 or newer", file=sys.stderr)
         return 2
-    flags = vars(build_parser().parse_args(argv))
+    command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         with open(".env", encoding="utf-8") as file:
             dotenv = parse_dotenv(file.read())
     except (OSError, UnicodeDecodeError):
         dotenv = {}
-    command = flags["command"]
     try:
         if command == "run":
             flags = dict(flags, host="127.0.0.1", port="0")
         config = load_config(flags, os.environ, dotenv)
+        if command == "env" and not config.port:
+            raise ValueError("PORT=0 is another port each time: env needs a fixed one")
     except ValueError as exc:
         print("claude_gemini_proxy: %s" % exc, file=sys.stderr)
         return 2
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname).1s %(message)s",
-                        level="DEBUG" if config.debug else config.log_level.upper())
     if command == "env":
-        url = "http://%s:%d" % ("[%s]" % config.host if ":" in config.host else config.host,
-                                config.port)
-        shell = (flags["arguments"] or ["sh"])[0]
-        print(export_lines(client_environment(url, config.proxy_auth_token or "local", os.environ),
-                           shell))
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+        url = "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
+        values = client_environment(url, config.proxy_auth_token or "local", os.environ)
+        print(export_lines(values, rest[0] if rest else "sh"))
         return 0
     own_keys = config.client_keys and command == "serve"
     if not (config.keys or own_keys or config.gemini_token_command or flags["demo"]):
@@ -3930,10 +4164,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command == "run":
         config = dataclasses.replace(config, proxy_auth_token=secrets.token_urlsafe(24),
                                      client_keys=False)
-        logging.getLogger().setLevel(logging.ERROR)
     elif command == "check":
         config = dataclasses.replace(config, port=0)
-        logging.getLogger().setLevel(logging.ERROR)
+    try:
+        start_logging(config, quiet=command != "serve")
+    except OSError as exc:
+        print("claude_gemini_proxy: LOG_FILE: %s" % exc, file=sys.stderr)
+        return 2
     try:
         server = make_server(config, DemoModel() if flags["demo"] else None)
     except OSError as exc:
@@ -3941,7 +4178,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
               % (config.host, config.port, exc.strerror), file=sys.stderr)
         return 2
     if command == "run":
-        return run_client(server, flags["arguments"] or ["claude"])
+        return run_client(server, rest or ["claude"])
     return check_setup(server) if command == "check" else serve(server, flags["demo"])
 
 

@@ -1235,6 +1235,7 @@ ERROR_CASES = (  # upstream status, body, status, type, how the message starts, 
     (504, error_body(504, "Deadline"), 504, "timeout_error", "Gemini did not answer in time", {}),
     (400, error_body(400, "Unable to process input image."), 400, "invalid_request_error", "could not process image: ", {}),
     (403, error_body(403, "Consumer 'api_key:AIza%s' has been suspended." % ("x" * 35)), 403, "permission_error", "The upstream refused the key: Consumer 'api_key:[key]' has", {"x-should-retry": "false"}),
+    (429, quota("PerDay", quotaValue="0"), 429, "rate_limit_error", "This key's plan", {"x-should-retry": "false"}),
     (429, error_body(429, "Quota exceeded, limit: 0\nPlease retry in 26.1s."), 429, "rate_limit_error", "This key's plan", {"x-should-retry": "false"}),
     (400, error_body(400, "x", details=5), 400, "invalid_request_error", "Gemini answered 400: x", {}),
     (400, b"", 400, "invalid_request_error", "Gemini answered 400: no reason given", {}),
@@ -1572,7 +1573,53 @@ class EndToEnd(unittest.TestCase):
         page = json.loads(r.send("GET", "/v1/models?limit=2")[2])
         self.assertTrue(page["has_more"])
         rest = json.loads(r.send("GET", "/v1/models?limit=1000&after_id=" + page["last_id"])[2])
-        self.assertEqual(len({m["id"] for m in page["data"] + rest["data"]}), 2 * len(proxy.LISTED_MODELS))
+        self.assertEqual(len({m["id"] for m in page["data"] + rest["data"]}), 2 * len(MODELS))
+
+    def test_tokens_are_counted_by_gemini_and_remembered(self):
+        r = self.run_proxy()
+        count = lambda body: json.loads(r.send("POST", "/v1/messages/count_tokens", body)[2])["input_tokens"]  # noqa: E731
+        first = count(request("x" * 4000, system="s", tools=[TOOL]))
+        self.assertEqual([first, count(request("x" * 4000, system="s", tools=[TOOL]))], [len(json.dumps(r.fake.requests[0]["body"])) // 4] * 2)
+        self.assertEqual([(q["action"], q["body"]["generateContentRequest"]["model"]) for q in r.fake.requests], [("countTokens", "models/gemini-3.8-flash")])
+        answers = at_once(26, lambda n: count(request("y%d" % n)))
+        self.assertEqual(len(answers), 26)
+        r = self.run_proxy(gemini_api_key="bad")
+        self.assertGreater(count(request("x" * 4000)), 500)
+
+    def test_estimates_learn_from_true_counts(self):
+        counts = proxy.TokenCounts()
+        translation = proxy.to_gemini(request(), "gemini-3.8-flash", CONFIG)
+        for _ in range(30):
+            counts.learn(counts.estimate(4000, translation), 1500)
+        self.assertAlmostEqual(counts.estimate(4000, translation), 1500, delta=50)
+        self.assertAlmostEqual(counts.estimate(8000, translation), 3000, delta=100)
+
+    def test_models_are_what_the_key_can_use(self):
+        r = self.run_proxy()
+        for _ in range(3):
+            listed = {m["id"]: m for m in json.loads(r.send("GET", "/v1/models?limit=1000")[2])["data"]}
+        self.assertEqual(set(listed), set(MODELS) | {"claude-" + m for m in MODELS})
+        self.assertEqual(listed["claude-gemini-2.5-flash"]["max_input_tokens"], 1048576)
+        r = self.run_proxy(gemini_api_key="bad")
+        listed = json.loads(r.send("GET", "/v1/models?limit=1000")[2])["data"]
+        self.assertEqual(len(listed), 2 * len(proxy.LISTED_MODELS))
+
+    def test_one_log_line_for_each_request(self):
+        for as_json in (True, False):
+            lines, handler = [], logging.Handler()
+            handler.emit = lambda record: lines.append(proxy.LogLines(as_json, False).format(record))
+            log = logging.getLogger("claude_gemini_proxy")
+            log.addHandler(handler), log.setLevel(logging.INFO)
+            self.addCleanup(lambda: (log.removeHandler(handler), log.setLevel(logging.CRITICAL)))
+            self.run_proxy().ask(request(stream=True))
+            self.assertTrue(wait_for(lambda: lines))
+            self.assertEqual(len(lines), 1)
+            if as_json:
+                line = json.loads(lines[0])
+                self.assertEqual((line["requested"], line["model"], line["finish"], line["key"], line["retries"]), ("claude-sonnet-5", "gemini-3.8-flash", "STOP", 1, 0))
+                self.assertLessEqual(line["first_ms"], line["total_ms"])
+            self.assertNotIn("\n", lines[0])
+            log.removeHandler(handler)
 
     def test_bodies(self):
         r = self.run_proxy(max_body_bytes=2000)
@@ -2025,7 +2072,8 @@ class Signals(unittest.TestCase):
 def child(*args, **environment):
     """Run the program in an empty folder with only this environment -> (status, output)."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, *args], cwd=folder, env=dict({"PATH": os.environ["PATH"]}, **environment), stdin=subprocess.DEVNULL,
+        environment.setdefault("PATH", "/usr/bin:/bin")
+        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
     return done.returncode, done.stdout.decode()
 
@@ -2081,6 +2129,10 @@ class Promises(unittest.TestCase):
             with self.assertRaises(ValueError, msg=env) as caught:
                 load(env)
             self.assertIn(next(iter(env)), str(caught.exception))
+        for dotenv, text in (({"GEMINI_TOKEN_COMMAND": "x"}, "not taken from .env"), ({"LOG_FILE": "x"}, "not taken from .env"), ({"GEMINI_API_BASE": "http://x"}, "put both in one place")):
+            with self.assertRaisesRegex(ValueError, text):
+                load({"GEMINI_API_KEY": "k"}, {}, dotenv)
+        self.assertEqual(load({}, {}, {"GEMINI_API_BASE": "http://x", "GEMINI_API_KEY": "k"}).gemini_api_base, "http://x")
         self.assertNotIn("s3cret", repr(load({"GEMINI_API_KEY": "s3cret", "PROXY_AUTH_TOKEN": "s3cret"})))
 
     def test_a_bad_start_is_one_clear_line(self):
@@ -2091,6 +2143,12 @@ class Promises(unittest.TestCase):
             self.assertNotIn("Traceback", output)
         self.assertEqual(child(proxy.__file__, "--version"), (0, "claude_gemini_proxy %s\n" % proxy.__version__))
         self.assertIn("set -gx ANTHROPIC_BASE_URL http://127.0.0.1:8318", child(proxy.__file__, "env", "fish")[1])
+        self.assertIn("export ANTHROPIC_BASE_URL=http://127.0.0.1:9999", child(proxy.__file__, "env", "--port", "9999")[1])
+        self.assertIn("http://127.0.0.1:8318", child(proxy.__file__, "env", HOST="0.0.0.0", PROXY_AUTH_TOKEN="t")[1])
+        for args in (("env", "--port", "0"), ("env", "nonsense"), ("serve", "extra"), ("--gemini-api-key", "s3cret"), ("--gemini-api-key=s3cret",), ("--po", "1")):
+            status, output = child(proxy.__file__, *args)
+            self.assertEqual(status, 2, (args, output))
+            self.assertNotIn("s3cret", output)
 
     def test_run_and_check_use_the_demo(self):
         code = ("import os, json, urllib.request as u; r = u.Request(os.environ['ANTHROPIC_BASE_URL'] + '/v1/messages', json.dumps({'model': 'claude-x',"
@@ -2098,6 +2156,24 @@ class Promises(unittest.TestCase):
                 "assert b'demo model' in u.urlopen(r).read() and 'ANTHROPIC_API_KEY' not in os.environ; raise SystemExit(7)")
         self.assertEqual(child(proxy.__file__, "--demo", "run", sys.executable, "-c", code, ANTHROPIC_API_KEY="x"), (7, ""))
         self.assertEqual(child(proxy.__file__, "--demo", "run", "/nowhere")[0], 127)
+
+    def test_check_names_what_to_mend(self):
+        status, output = child(proxy.__file__, "--demo", "check")
+        self.assertEqual(status, 1)
+        self.assertIn("ok   a signed tool call makes its round trip", output)
+        self.assertIn("FAIL Claude Code is on the PATH: it is not: npm install", output)
+        with FakeGemini(lambda body, m, path: fake.calls(("get_time", {"city": "Rome"})) if body.get("toolConfig", {}).get("functionCallingConfig", {}).get("mode") == "ANY"
+                        else fake.says("ok")) as fake, tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "claude"), "w") as file:
+                file.write("#!/bin/sh\necho 9.9.9\n")
+            os.chmod(file.name, 0o755)
+            environment = dict(GEMINI_API_KEY="k", GEMINI_API_BASE=fake.url, no_proxy="*", PATH=folder + ":" + os.environ["PATH"])
+            status, output = child(proxy.__file__, "check", **environment)
+            self.assertEqual((status, fake.refusals, fake.dummies), (0, [], 0), output)
+            self.assertIn("9.9.9", output)
+            status, output = child(proxy.__file__, "check", "--big-model", "gemini-nope", **environment)
+            self.assertEqual(status, 1, output)
+            self.assertIn("FAIL gemini-nope is offered to this key", output)
 
     def test_the_readme_example_of_vendoring_runs(self):
         with open(os.path.join(os.path.dirname(proxy.__file__), "README.md"), encoding="utf-8") as file:
