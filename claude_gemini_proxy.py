@@ -1899,9 +1899,8 @@ class MessageEmitter:
         """-> [message_start], with an estimate of the input; the truth follows in message_delta."""
         return [{"type": "message_start", "message": {
             "id": self._new_id("msg_"), "type": "message", "role": "assistant",
-            "model": self.requested_model,
-            "content": [], "stop_reason": None, "stop_sequence": None, "stop_details": None,
-            "container": None,
+            "model": self.requested_model, "content": [], "stop_reason": None,
+            "stop_sequence": None, "stop_details": None, "container": None,
             "usage": full_usage(self.input_tokens)}}]
 
     def feed(self, chunk: Json) -> List[Json]:
@@ -2067,12 +2066,12 @@ class MessageEmitter:
         if not self._code_id:  # a result without its code: every result must name a call
             self._code_id = self._new_id("srvtoolu_")
             self._server_tool(self._code_id, "code_execution", {"code": ""})
+        content = {"type": "code_execution_result", "stdout": output, "stderr": "",
+                   "return_code": 0, "content": []}
+        if not ok:
+            content.update(stdout="", stderr=output or str(result.get("outcome")), return_code=1)
         self._open_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
-                          "caller": {"type": "direct"},
-                          "content": {"type": "code_execution_result", "stdout": output if ok
-                                      else "",
-                                      "stderr": "" if ok else output or str(result.get("outcome")),
-                                      "return_code": 0 if ok else 1, "content": []}})
+                          "caller": {"type": "direct"}, "content": content})
         self._close()
         self._code_id = ""
         self.answered = True
@@ -2350,7 +2349,8 @@ def _objects(raw: bytes) -> List[Json]:
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
 #   SignatureCache, KeyRing, Metrics    process        every handler      one each, for dictionaries
-#   ConnectionPool                      process        every handler      one, never held during I/O
+#   Declarations, ToolBytes,
+#   TokenCounts, ConnectionPool         process        every handler      one each, not held in I/O
 #   MessageEmitter                      one answer     handler, pings     its EventStream's
 #   EventStream                         one answer     handler, pings     one, held while writing
 
@@ -2425,6 +2425,34 @@ class Declarations:
             if len(self._known) > self.SIZE:
                 self._known.popitem(last=False)
         return declared
+
+
+class ToolBytes:
+    """The JSON of `tools`, most of a small request, and the same in all requests of a session."""
+
+    SIZE = 50
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # protects the map
+        self._known: "OrderedDict[Tuple, Tuple[bytes, Json]]" = OrderedDict()
+
+    def dump(self, body: Json) -> bytes:
+        """dump_json(body), with the tools' part as it was made before."""
+        tools = body.get("tools") or [{}]
+        declared = tools[0].get("functionDeclarations")
+        if len(tools) > 1 or not declared:
+            return dump_json(body)
+        key = tuple(map(id, declared))  # Declarations gives the same objects; kept here, ids stay
+        with self._lock:
+            made, _ = self._known.get(key, (b"", {}))
+        if not made:
+            made = dump_json(tools)
+            with self._lock:
+                self._known[key] = (made, tools)
+                if len(self._known) > self.SIZE:
+                    self._known.popitem(last=False)
+        rest = dump_json({name: value for name, value in body.items() if name != "tools"})
+        return b'%s,"tools":%s}' % (rest[:-1], made)
 
 
 class TokenCounts:
@@ -2803,6 +2831,7 @@ class Gemini:
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
             self._opener.add_handler(handler)
+        self._tools = ToolBytes()
         self._counting = threading.BoundedSemaphore(4)
         self._lock = threading.Lock()  # protects all below, for writing
         self._models: Optional[Mapping[str, Json]] = None
@@ -3035,7 +3064,7 @@ class Gemini:
     def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Reply:
         model = urllib.parse.quote(exchange.model, safe="/@")
         path = model if "/" in model else "models/" + model
-        return self._send(exchange, "%s:%s" % (path, action), dump_json(body), timeout)
+        return self._send(exchange, "%s:%s" % (path, action), self._tools.dump(body), timeout)
 
     def _send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float) -> Reply:
         """The only place that talks to the network."""
@@ -3513,12 +3542,12 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if size > limit:
                 raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)."
                                  % (size, limit))
+            self.reader.allow(self.body_seconds + size / 100000)
             body = self.read_exactly(size)
         self.body_read = True
         return body
 
     def read_exactly(self, size: int) -> bytes:
-        self.reader.allow(self.body_seconds + size / 100000)
         try:
             data = self.rfile.read(size)
         except socket.timeout:
@@ -3528,6 +3557,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         return data
 
     def read_chunked(self, limit: int) -> bytes:
+        self.reader.allow(self.body_seconds + limit / 100000)
+        self.line_bytes = 0
         pieces: List[bytes] = []
         total = 0
         while True:
@@ -3537,18 +3568,18 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 raise invalid("Transfer-Encoding: a chunk's size is not a hexadecimal number.")
             length = int(size.group(1), 16)
             total += length
-            if total > limit or len(pieces) > 100000:
+            if total > limit:
                 raise ProxyError(
                     413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)." % limit)
             if not length:
                 break
             pieces.append(self.read_exactly(length + 2)[:-2])
         while self.read_line() not in (b"\r\n", b"\n"):
-            pass  # trailers, within the time and size that read_line allows
+            pass  # trailers
         return b"".join(pieces)
 
     def read_line(self) -> bytes:
-        self.line_bytes = getattr(self, "line_bytes", 0)
+        """A chunk's size or a trailer; all of them together are bounded, too."""
         try:
             line = self.rfile.readline(8000)
         except socket.timeout:
@@ -3564,10 +3595,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
         unread = not self.body_read and (self.headers.get("content-length", "0") != "0"
                                          or "transfer-encoding" in self.headers)
         self.close_connection = self.close_connection or unread
-        data = http_response(status, body, dict(headers, **{"request-id": self.request_id}),
-                             self.close_connection,
-                             content_type, self.command != "HEAD")
-        self.wfile.write(data)
+        headers = dict(headers, **{"request-id": self.request_id})
+        self.wfile.write(http_response(status, body, headers, self.close_connection, content_type,
+                                       self.command != "HEAD"))
         if unread:
             self.drain()
 

@@ -1394,6 +1394,17 @@ class State(unittest.TestCase):
         entries = cache._entries
         self.assertEqual(cache.size(), (500, sum(len(k) + len(v[0]) + cache.ENTRY_BYTES for k, v in entries.items())))
 
+    def test_tools_are_remembered_by_content_alone(self):
+        declarations, made = proxy.Declarations(), proxy.ToolBytes()
+        variants = [dict(TOOL, input_schema={"type": "object", "properties": {"a": {"default": value}}}) for value in (1, True, 1.0, "1", None)]
+        for _ in range(2):
+            for tools in [[v] for v in variants] + [variants[:2], variants[::-1], []]:
+                tools = [dict(t, name="t%d" % i) for i, t in enumerate(tools)]
+                plain = proxy.to_gemini(request(tools=tools), "gemini-3.8-flash", CONFIG).body
+                body = proxy.to_gemini(request(tools=copy.deepcopy(tools)), "gemini-3.8-flash", CONFIG, declare=declarations.declare).body
+                self.assertEqual(json.loads(made.dump(body)), json.loads(proxy.dump_json(plain)))
+                self.assertIn(json.dumps(plain.get("tools", {}), separators=(",", ":")).encode(), made.dump(body) + b"{}")
+
     def test_keys_take_turns_and_rest_by_model(self):
         now = [0.0]
         ring = proxy.KeyRing(["a", "b", "c"], lambda: now[0])
@@ -1796,7 +1807,7 @@ class Faults(unittest.TestCase):
     def test_two_hundred_slow_streams(self):
         def script(body, model_, path):
             n = int(body["contents"][0]["parts"][0]["text"])
-            return [chunk("%d " % n), 0.3, chunk("is "), 0.3] + (["cut"] if n % 4 == 0 else [chunk("done", finish="STOP")])
+            return [chunk("%d " % n), 0.2, chunk("is "), 0.2] + (["cut"] if n % 4 == 0 else [chunk("done", finish="STOP")])
         r = self.run_proxy(script, max_retries=0)
         r.server.upstream.BROKEN_STREAMS = 1000
         before, answers = threading.active_count(), {}
@@ -2039,7 +2050,7 @@ class Signals(unittest.TestCase):
 
     def test_running_answers_finish_and_the_port_is_free_at_once(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with FakeGemini(lambda *args: [chunk("a"), 0.7, chunk("b", finish="STOP")]) as fake:
+            with FakeGemini(lambda *args: [chunk("a"), 0.5, chunk("b", finish="STOP")]) as fake:
                 process, port = self.start(fake)
                 with socket.create_connection(("127.0.0.1", port)) as sock, socket.create_connection(("127.0.0.1", port)) as idle:
                     sock.sendall(post_bytes(request(stream=True), b"Connection: close\r\n"))
@@ -2146,9 +2157,13 @@ class Promises(unittest.TestCase):
         self.assertIn("export ANTHROPIC_BASE_URL=http://127.0.0.1:9999", child(proxy.__file__, "env", "--port", "9999")[1])
         self.assertIn("http://127.0.0.1:8318", child(proxy.__file__, "env", HOST="0.0.0.0", PROXY_AUTH_TOKEN="t")[1])
         for args in (("env", "--port", "0"), ("env", "nonsense"), ("serve", "extra"), ("--gemini-api-key", "s3cret"), ("--gemini-api-key=s3cret",), ("--po", "1")):
-            status, output = child(proxy.__file__, *args)
-            self.assertEqual(status, 2, (args, output))
-            self.assertNotIn("s3cret", output)
+            with contextlib.redirect_stderr(io.StringIO()) as output:
+                try:
+                    status = proxy.main(args)
+                except SystemExit as exc:  # argparse's way out
+                    status = exc.code
+            self.assertEqual(status, 2, (args, output.getvalue()))
+            self.assertNotIn("s3cret", output.getvalue())
 
     def test_run_and_check_use_the_demo(self):
         code = ("import os, json, urllib.request as u; r = u.Request(os.environ['ANTHROPIC_BASE_URL'] + '/v1/messages', json.dumps({'model': 'claude-x',"
