@@ -2382,11 +2382,11 @@ class SignatureCache:
 
     def put(self, key: str, signature: str) -> None:
         """Keep a signature. The first one of a text stays, so that the history's bytes stay."""
-        if self.get(key) is not None:
-            return
+        now = self._clock()
         with self._lock:
+            if key in self._entries and self._entries[key][1] >= now:
+                return
             self._drop(key)
-            now = self._clock()
             self._entries[key] = (signature, now + self._ttl)
             self._bytes += len(key) + len(signature) + self.ENTRY_BYTES
             # Use renews an entry and moves it to the end, so the oldest is also the first to

@@ -2200,11 +2200,10 @@ class Promises(unittest.TestCase):
 
 
 # ---- 14. Benchmark -----------------------------------------------------------------------------------------
-class CannedGemini(threading.Thread):
+class CannedGemini:
     """As fast an upstream as sockets allow: reads a request, sends bytes that were made before."""
 
     def __init__(self):
-        super().__init__(daemon=True)
         usage = {"promptTokenCount": 9000, "candidatesTokenCount": 250, "totalTokenCount": 9250}
         texts = ["A piece of an answer, some words long. " for _ in range(6)]
         chunks = [chunk(t, usage=usage, index=0) for t in texts] + [chunk({"text": "", "thoughtSignature": SIGNATURE}, finish="STOP", usage=usage)]
@@ -2214,7 +2213,7 @@ class CannedGemini(threading.Thread):
         self.whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(whole) + whole
         self.head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         self.server = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.port = self.server.getsockname()[1]
+        print(self.server.getsockname()[1], flush=True)
 
     def run(self):
         while True:
@@ -2313,15 +2312,41 @@ def resident(pid, peak=False):
         return float("nan")
 
 
+class PassThrough(BaseHTTPRequestHandler):
+    """The least that a proxy of the standard library can do: the body goes on, the answer comes back."""
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    pool = []
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        connection = self.pool.pop() if self.pool else http.client.HTTPConnection("127.0.0.1", self.server.upstream)
+        action = "streamGenerateContent?alt=sse" if b'"stream": true' in body[-2000:] else "generateContent"
+        connection.request("POST", "/v1beta/models/m:" + action, body, {"Content-Type": "application/json"})
+        data = connection.getresponse().read()
+        self.pool.append(connection)
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+
+
+def pass_through(upstream):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), PassThrough)
+    server.daemon_threads, server.upstream = True, upstream
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
 def started_proxy(port):
     """-> (process, port, milliseconds from start to the first answer)"""
     environment = {"PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": "http://127.0.0.1:%d/v1beta" % port, "PORT": "0",
-                   "no_proxy": "*", "LOG_LEVEL": "warning"}
+                   "no_proxy": "*", "LOG_LEVEL": "error"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         own = free.getsockname()[1]
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, proxy.__file__, "--port", str(own)], env=environment, stdin=subprocess.DEVNULL, cwd=tempfile.gettempdir())
+    process = subprocess.Popen([sys.executable, proxy.__file__, "--port", str(own)], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir())
     while True:
         try:
             burst(own, wire("/v1/messages", request(), own), 1)
@@ -2330,41 +2355,45 @@ def started_proxy(port):
             time.sleep(0.002)
 
 
-def canned_process():
-    code = "import sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import test_proxy as t; c = t.CannedGemini(); print(c.port, flush=True); c.run()"
-    process = subprocess.Popen([sys.executable, "-c", code % os.path.dirname(os.path.abspath(__file__))], stdout=subprocess.PIPE)
+def helper_process(call):
+    """Run a function of this file that prints its port -> (process, port)."""
+    code = "import sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True; import test_proxy as t; t.%s"
+    process = subprocess.Popen([sys.executable, "-c", code % (os.path.dirname(os.path.abspath(__file__)), call)], stdout=subprocess.PIPE)
     return process, int(process.stdout.readline())
 
 
 def bench():
     """Print what the proxy adds to direct requests, and what it needs; asserts nothing."""
     print("%s, Python %s, %d CPUs, claude_gemini_proxy %s" % (platform.platform(), platform.python_version(), os.cpu_count(), proxy.__version__))
-    canned, upstream = canned_process()
+    canned, upstream = helper_process("CannedGemini().run()")
+    bare, bare_port = helper_process("pass_through(%d)" % upstream)
     process, port, first = started_proxy(upstream)
     try:
         print("start to first answer %.0f ms, idle %.1f MiB" % (first, resident(process.pid)))
-        bench_latency(upstream, port)
         bench_streams(upstream, port, process.pid)
+        bench_latency(upstream, bare_port, port)
     finally:
-        process.terminate(), process.wait(), canned.kill(), canned.wait(), canned.stdout.close()
+        process.terminate(), process.wait()
+        for helper in (canned, bare):
+            helper.kill(), helper.wait(), helper.stdout.close()
     bench_signatures()
 
 
-def bench_latency(upstream, port):
-    print("\nadded to one request at a time (ms)   direct   proxy   added median   added p99")
-    cases = [("small", request(), 60), ("stream", request(stream=True), 60), ("code, 77 kB", dict(session(0), stream=True), 40),
-             ("large, 1.1 MB", session(200, size=4500), 8)]
-    cases += [("%d turns" % n, session(n), max(4, 800 // n)) for n in (50, 200, 800)]
+def bench_latency(upstream, bare, port):
+    print("\none request at a time, median ms (p99)      direct    bare pass-through     the proxy      the proxy adds")
+    cases = [("small", request(), 60), ("stream", request(stream=True), 60), ("code, 24 tools", dict(session(0), stream=True), 40),
+             ("large, 200 tool turns", session(200, size=4500), 8)]
+    cases += [("%d tool turns" % n, session(n), max(4, 800 // n)) for n in (50, 200, 800)]
     for name, body, count in cases:
         action = "streamGenerateContent?alt=sse" if body.get("stream") else "generateContent"
         direct = wire("/v1beta/models/gemini-3.8-flash:" + action, proxy.to_gemini(body, "gemini-3.8-flash", CONFIG).body, upstream)
-        through = wire("/v1/messages", body, port)
-        times = {"direct": [], "proxy": []}
-        for _ in range(9):  # in turns, so that both see the same machine
-            times["direct"] += burst(upstream, direct, count)
-            times["proxy"] += burst(port, through, count)
-        (d, p), (d99, p99) = ([quantile(times[k], q) for k in ("direct", "proxy")] for q in (0.5, 0.99))
-        print("%-34s %8.2f %8.2f %12.2f %12.2f" % ("%s (%d kB)" % (name, len(through) // 1000), d, p, p - d, p99 - d99))
+        ways = ((upstream, direct), (bare, wire("/v1/messages", body, bare)), (port, wire("/v1/messages", body, port)))
+        times = [[], [], []]
+        for _ in range(9):  # in turns, so that all see the same machine
+            for i, (to, data) in enumerate(ways):
+                times[i] += burst(to, data, count)
+        (d, b, p), (d99, b99, p99) = ([quantile(x, q) for x in times] for q in (0.5, 0.99))
+        print("%-34s %8.2f (%5.2f) %8.2f (%5.2f) %8.2f (%5.2f) %9.2f" % ("%s (%d kB)" % (name, len(ways[2][1]) // 1000), d, d99, b, b99, p, p99, p - d))
 
 
 def bench_streams(upstream, port, pid):
