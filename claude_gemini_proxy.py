@@ -616,7 +616,8 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
     if unknown:  # not shown whole: it may be a key
         parser.error("not understood: %s (keys are not taken here, see below --help)" % (
             unknown[0].partition("=")[0] if unknown[0].startswith("-") else "an argument"))
-    return command, vars(flags), rest if command == "run" else shell
+    client = rest[1:] if rest[:1] == ["--"] else rest
+    return command, vars(flags), client if command == "run" else shell
 
 
 def shown_default(row: dataclasses.Field) -> str:

@@ -1542,6 +1542,17 @@ class EndToEnd(unittest.TestCase):
         r = self.run_proxy(lambda *args: [0.3, error_body(400, "Late.")], ping_interval=5)
         self.assertEqual(r.ask(request(stream=True))[0], 400)
 
+    def test_a_silent_thinking_stream_gets_empty_thoughts(self):
+        saved = proxy.EventStream.THINKING_SECONDS
+        self.addCleanup(setattr, proxy.EventStream, "THINKING_SECONDS", saved)
+        proxy.EventStream.THINKING_SECONDS = 0.2
+        for fields, expected in ((THINK, [("thinking", "hm"), ("text", "a")]), ({}, [("text", "a")])):
+            r = self.run_proxy(lambda *args: [0.5, chunk({"text": "hm", "thought": True}), 0.5, chunk("a", finish="STOP")], ping_interval=0.1)
+            _, events = r.ask(request(stream=True, **fields))
+            self.assertEqual(summary(check_grammar(events)), expected)
+            empty = [e for e in events if e.get("delta", {}).get("thinking") == ""]
+            self.assertEqual(len(empty) > 2, bool(fields))
+
     def test_upstream_silence_is_an_error_while_pings_go_on(self):
         r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.1, request_timeout=0.6)
         _, events = r.ask(request(stream=True))
@@ -2170,7 +2181,8 @@ class Promises(unittest.TestCase):
                 "'messages': [{'role': 'user', 'content': 'hi'}]}).encode(), {'x-api-key': os.environ['ANTHROPIC_AUTH_TOKEN']});"
                 "assert b'demo model' in u.urlopen(r).read() and 'ANTHROPIC_API_KEY' not in os.environ; raise SystemExit(7)")
         self.assertEqual(child(proxy.__file__, "--demo", "run", sys.executable, "-c", code, ANTHROPIC_API_KEY="x"), (7, ""))
-        self.assertEqual(child(proxy.__file__, "--demo", "run", "/nowhere")[0], 127)
+        self.assertEqual(child(proxy.__file__, "--demo", "run", "--", "/nowhere", "--port")[0], 127)
+        self.assertEqual(proxy.parse_arguments(["--port", "1", "run", "x", "--port", "2"])[1:], (dict(proxy.parse_arguments([])[1], port="1"), ["x", "--port", "2"]))
 
     def test_check_names_what_to_mend(self):
         status, output = child(proxy.__file__, "--demo", "check")
