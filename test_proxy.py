@@ -50,7 +50,7 @@ sys.dont_write_bytecode = True
 import claude_gemini_proxy as proxy  # noqa: E402
 
 SEED = int(os.environ.get("SEED", "0"))
-CASES = int(os.environ.get("CASES", "1500"))
+CASES = int(os.environ.get("CASES", "1000"))
 
 # ---- 1. The form of a request ------------------------------------------------------------------------------
 # Message and fields; "*" a list, "{}" a map; kinds: a message, an enum A|B, str num int bool bytes, obj (any
@@ -1532,7 +1532,7 @@ class EndToEnd(unittest.TestCase):
                 self.assertNotIn("message_stop", [e["type"] for e in events])
 
     def test_silence_gets_pings_and_the_200_waits_for_the_first_chunk(self):
-        r = self.run_proxy(lambda *args: [0.5, chunk("a"), 0.5, chunk("b", finish="STOP")], ping_interval=0.1)
+        r = self.run_proxy(lambda *args: [0.3, chunk("a"), 0.35, chunk("b", finish="STOP")], ping_interval=0.1)
         _, events = r.ask(request(stream=True))
         kinds = [e["type"] for e in events]
         self.assertEqual(kinds[:2], ["message_start", "ping"])
@@ -1547,11 +1547,11 @@ class EndToEnd(unittest.TestCase):
         self.addCleanup(setattr, proxy.EventStream, "THINKING_SECONDS", saved)
         proxy.EventStream.THINKING_SECONDS = 0.2
         for fields, expected in ((THINK, [("thinking", "hm"), ("text", "a")]), ({}, [("text", "a")])):
-            r = self.run_proxy(lambda *args: [0.5, chunk({"text": "hm", "thought": True}), 0.5, chunk("a", finish="STOP")], ping_interval=0.1)
+            r = self.run_proxy(lambda *args: [0.4, chunk({"text": "hm", "thought": True}), 0.4, chunk("a", finish="STOP")], ping_interval=0.1)
             _, events = r.ask(request(stream=True, **fields))
             self.assertEqual(summary(check_grammar(events)), expected)
             empty = [e for e in events if e.get("delta", {}).get("thinking") == ""]
-            self.assertEqual(len(empty) > 2, bool(fields))
+            self.assertEqual(bool(empty), bool(fields))
 
     def test_upstream_silence_is_an_error_while_pings_go_on(self):
         r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.1, request_timeout=0.6)
