@@ -2185,22 +2185,23 @@ class Promises(unittest.TestCase):
         self.assertEqual(proxy.parse_arguments(["--port", "1", "run", "x", "--port", "2"])[1:], (dict(proxy.parse_arguments([])[1], port="1"), ["x", "--port", "2"]))
 
     def test_check_names_what_to_mend(self):
-        status, output = child(proxy.__file__, "--demo", "check")
-        self.assertEqual(status, 1)
-        self.assertIn("ok   a signed tool call makes its round trip", output)
-        self.assertIn("FAIL Claude Code is on the PATH: it is not: npm install", output)
-        with FakeGemini(lambda body, m, path: fake.calls(("get_time", {"city": "Rome"})) if body.get("toolConfig", {}).get("functionCallingConfig", {}).get("mode") == "ANY"
-                        else fake.says("ok")) as fake, tempfile.TemporaryDirectory() as folder:
+        def script(body, model_, path):
+            forced = body.get("toolConfig", {}).get("functionCallingConfig", {}).get("mode") == "ANY"
+            return fake.calls(("get_time", {"city": "Rome"})) if forced else fake.says("ok")
+        with FakeGemini(script) as fake, tempfile.TemporaryDirectory() as folder:
+            environment = {"GEMINI_API_KEY": "k", "GEMINI_API_BASE": fake.url, "no_proxy": "*"}
+            status, output = child(proxy.__file__, "check", "--big-model", "gemini-nope", **environment)
+            self.assertEqual(status, 1, output)
+            for line in ("FAIL gemini-nope is offered to this key", "FAIL opus -> gemini-nope answers: model: gemini-nope",
+                         "FAIL Claude Code is on the PATH: it is not: npm install"):
+                self.assertIn(line, output)
             with open(os.path.join(folder, "claude"), "w") as file:
                 file.write("#!/bin/sh\necho 9.9.9\n")
             os.chmod(file.name, 0o755)
-            environment = dict(GEMINI_API_KEY="k", GEMINI_API_BASE=fake.url, no_proxy="*", PATH=folder + ":" + os.environ["PATH"])
-            status, output = child(proxy.__file__, "check", **environment)
+            status, output = child(proxy.__file__, "check", **dict(environment, PATH=folder + ":/usr/bin:/bin"))
             self.assertEqual((status, fake.refusals, fake.dummies), (0, [], 0), output)
-            self.assertIn("9.9.9", output)
-            status, output = child(proxy.__file__, "check", "--big-model", "gemini-nope", **environment)
-            self.assertEqual(status, 1, output)
-            self.assertIn("FAIL gemini-nope is offered to this key", output)
+            for line in ("ok   a signed tool call makes its round trip", "9.9.9", "ok   gemini-3.5-flash-lite is offered"):
+                self.assertIn(line, output)
 
     def test_the_readme_example_of_vendoring_runs(self):
         with open(os.path.join(os.path.dirname(proxy.__file__), "README.md"), encoding="utf-8") as file:
