@@ -1486,21 +1486,24 @@ def thinking_from(request: Json, message_effort: str, rule: ModelRule,
     Thinking that is off wins over any effort; a model that cannot stop gets its lowest setting.
     """
     thinking = request.get("thinking") or {}
+    if thinking.get("type", "disabled") == "disabled" or not (rule.levels or rule.budget[1]):
+        return "", _least_thinking(rule)
     effort = message_effort or (request.get("output_config") or {}).get("effort")
     effort = effort if isinstance(effort, str) and effort in EFFORT_LEVELS else ""
     budget = thinking.get("budget_tokens")
     budget = budget if isinstance(budget, int) and budget > 0 else 0
-    if thinking.get("type", "disabled") == "disabled" or not (rule.levels or rule.budget[1]):
-        return "", _least_thinking(rule)
     config: Json = {"includeThoughts": True}
-    if rule.levels and (effort or budget):
+    if not rule.levels:
+        config["thinkingBudget"] = _budget(EFFORT_BUDGETS.get(effort, budget), rule, limit)
+    elif effort or budget:
         by_budget = "LOW" if budget <= 4096 else "MEDIUM" if budget <= 16384 else "HIGH"
         config["thinkingLevel"] = EFFORT_LEVELS.get(effort, by_budget)
-    elif not rule.levels:
-        wanted = EFFORT_BUDGETS.get(effort, budget)
-        most = min(wanted, rule.budget[1], limit - 1024)  # thoughts count as output
-        config["thinkingBudget"] = max(rule.budget[0], most) if wanted else -1
     return "omitted" if thinking.get("display") == "omitted" else "shown", config
+
+
+def _budget(wanted: int, rule: ModelRule, limit: int) -> int:
+    """A budget within the model's range that leaves room for an answer; -1 lets Gemini choose."""
+    return max(rule.budget[0], min(wanted, rule.budget[1], limit - 1024)) if wanted else -1
 
 
 def _least_thinking(rule: ModelRule) -> Json:
@@ -3997,7 +4000,7 @@ def make_server(config: Config, upstream: Any = None) -> ProxyServer:
 
 def client_environment(url: str, token: str, environ: Mapping[str, str],
                        model: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, str]:
-    """What a client needs in its environment; what the user has set there wins.
+    """What a client needs in its environment; what the user has set there wins, but for the address.
 
     `model` is Gemini's description of the main model.
     Source: https://code.claude.com/docs/en/env-vars (read 2026-11-20).
@@ -4169,50 +4172,52 @@ NO_KEY = """No Gemini key. Either
   or try the built-in offline model:  python3 claude_gemini_proxy.py --demo"""
 
 
+def command_config(command: str, flags: Dict[str, Any]) -> Config:
+    """The settings as a command needs them. Raises ValueError with a line for the user."""
+    try:
+        with open(".env", encoding="utf-8") as file:
+            dotenv = parse_dotenv(file.read())
+    except (OSError, UnicodeDecodeError):
+        dotenv = {}
+    if command == "run":
+        flags = dict(flags, host="127.0.0.1", port="0")
+    config = load_config(flags, os.environ, dotenv)
+    needs_key = command != "env" and not (config.client_keys and command == "serve")
+    if needs_key and not (config.keys or config.gemini_token_command or flags["demo"]):
+        raise ValueError(NO_KEY)
+    if command == "env" and not config.port:
+        raise ValueError("PORT=0 is another port each time: env needs a fixed one")
+    if command == "run":
+        token = secrets.token_urlsafe(24)
+        return dataclasses.replace(config, proxy_auth_token=token, client_keys=False)
+    return dataclasses.replace(config, port=0) if command == "check" else config
+
+
+def print_environment(config: Config, shell: str) -> int:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
+    url = "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
+    values = client_environment(url, config.proxy_auth_token or "local", os.environ)
+    print(export_lines(values, shell))
+    return 0
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     if sys.version_info < (3, 8):
         print("claude_gemini_proxy needs Python 3.8 or newer", file=sys.stderr)
         return 2
     command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
-        with open(".env", encoding="utf-8") as file:
-            dotenv = parse_dotenv(file.read())
-    except (OSError, UnicodeDecodeError):
-        dotenv = {}
-    try:
-        if command == "run":
-            flags = dict(flags, host="127.0.0.1", port="0")
-        config = load_config(flags, os.environ, dotenv)
-        if command == "env" and not config.port:
-            raise ValueError("PORT=0 is another port each time: env needs a fixed one")
+        config = command_config(command, flags)
+        if command == "env":
+            return print_environment(config, rest[0] if rest else "sh")
+        start_logging(config, quiet=command != "serve")
+        server = make_server(config, DemoModel() if flags["demo"] else None)
     except ValueError as exc:
         print("claude_gemini_proxy: %s" % exc, file=sys.stderr)
         return 2
-    if command == "env":
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-        url = "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
-        values = client_environment(url, config.proxy_auth_token or "local", os.environ)
-        print(export_lines(values, rest[0] if rest else "sh"))
-        return 0
-    own_keys = config.client_keys and command == "serve"
-    if not (config.keys or own_keys or config.gemini_token_command or flags["demo"]):
-        print(NO_KEY, file=sys.stderr)
-        return 2
-    if command == "run":
-        config = dataclasses.replace(config, proxy_auth_token=secrets.token_urlsafe(24),
-                                     client_keys=False)
-    elif command == "check":
-        config = dataclasses.replace(config, port=0)
-    try:
-        start_logging(config, quiet=command != "serve")
     except OSError as exc:
-        print("claude_gemini_proxy: LOG_FILE: %s" % exc, file=sys.stderr)
-        return 2
-    try:
-        server = make_server(config, DemoModel() if flags["demo"] else None)
-    except OSError as exc:
-        print("claude_gemini_proxy: cannot listen on %s:%d: %s"
-              % (config.host, config.port, exc.strerror), file=sys.stderr)
+        place = exc.filename or "%s:%d" % (config.host, config.port)
+        print("claude_gemini_proxy: %s: %s" % (place, exc.strerror), file=sys.stderr)
         return 2
     if command == "run":
         return run_client(server, rest or ["claude"])
