@@ -4000,7 +4000,7 @@ def make_server(config: Config, upstream: Any = None) -> ProxyServer:
 
 def client_environment(url: str, token: str, environ: Mapping[str, str],
                        model: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, str]:
-    """What a client needs in its environment; what the user has set there wins, but for the address.
+    """What a client needs in its environment; what the user has set there wins, but the address.
 
     `model` is Gemini's description of the main model.
     Source: https://code.claude.com/docs/en/env-vars (read 2026-11-20).
