@@ -2411,38 +2411,47 @@ class SignatureCache:
             return len(self._entries), self._bytes
 
 
+class Bounded:
+    """A map for all threads that forgets what was used least recently."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._lock = threading.Lock()  # protects the map
+        self._entries: "OrderedDict[Any, Any]" = OrderedDict()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+            return self._entries.get(key)
+
+    def put(self, key: Any, value: Any) -> None:
+        with self._lock:
+            self._entries[key] = value
+            if len(self._entries) > self._size:
+                self._entries.popitem(last=False)
+
+
 class Declarations:
     """What `declaration` made of the tools seen last: a session sends the same ones each time."""
 
-    SIZE = 2000
-
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects the map
-        self._known: "OrderedDict[bytes, Json]" = OrderedDict()
+        self._known = Bounded(2000)
 
     def declare(self, tool: Json) -> Json:
         key = marshal.dumps(tool, 2)  # exact in types, unlike ==; this version has no references
-        with self._lock:
-            declared = self._known.get(key)
-            if declared is not None:
-                self._known.move_to_end(key)
-                return declared
-        declared = declaration(tool)
-        with self._lock:
-            self._known[key] = declared
-            if len(self._known) > self.SIZE:
-                self._known.popitem(last=False)
+        declared = self._known.get(key)
+        if declared is None:
+            declared = declaration(tool)
+            self._known.put(key, declared)
         return declared
 
 
 class ToolBytes:
     """The JSON of `tools`, most of a small request, and the same in all requests of a session."""
 
-    SIZE = 50
-
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects the map
-        self._known: "OrderedDict[Tuple, Tuple[bytes, Json]]" = OrderedDict()
+        self._known = Bounded(50)
 
     def dump(self, body: Json) -> bytes:
         """dump_json(body), with the tools' part as it was made before."""
@@ -2450,15 +2459,11 @@ class ToolBytes:
         declared = tools[0].get("functionDeclarations")
         if len(tools) > 1 or not declared:
             return dump_json(body)
-        key = tuple(map(id, declared))  # Declarations gives the same objects; kept here, ids stay
-        with self._lock:
-            made, _ = self._known.get(key, (b"", {}))
+        key = tuple(map(id, declared))  # Declarations gives the same objects, and they are kept here
+        made, _ = self._known.get(key) or (b"", tools)
         if not made:
             made = dump_json(tools)
-            with self._lock:
-                self._known[key] = (made, tools)
-                if len(self._known) > self.SIZE:
-                    self._known.popitem(last=False)
+            self._known.put(key, (made, tools))
         rest = dump_json({name: value for name, value in body.items() if name != "tools"})
         return b'%s,"tools":%s}' % (rest[:-1], made)
 
@@ -2466,11 +2471,9 @@ class ToolBytes:
 class TokenCounts:
     """Token counts by content, and an estimate that learns from the true counts seen."""
 
-    SIZE = 5000
-
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects the three below
-        self._known: "OrderedDict[bytes, int]" = OrderedDict()
+        self.known = Bounded(5000)
+        self._lock = threading.Lock()  # protects the two below
         self._estimated, self._true = 1.0, 1.0
 
     def estimate(self, size: int, translation: Translation) -> int:
@@ -2484,16 +2487,6 @@ class TokenCounts:
             factor = self._true / self._estimated
             self._estimated = 0.8 * self._estimated + max(1.0, estimated / factor)
             self._true = 0.8 * self._true + max(1.0, true)
-
-    def get(self, key: bytes) -> Optional[int]:
-        with self._lock:
-            return self._known.get(key)
-
-    def put(self, key: bytes, tokens: int) -> None:
-        with self._lock:
-            self._known[key] = tokens
-            if len(self._known) > self.SIZE:
-                self._known.popitem(last=False)
 
 
 class KeyRing:
@@ -3746,11 +3739,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
                             False, self.client_key())
         estimate = server.tokens.estimate(len(body), exchange.translation)
         key = hashlib.blake2b(exchange.model.encode() + body, digest_size=16).digest()
-        tokens = server.tokens.get(key)
+        tokens = server.tokens.known.get(key)
         if tokens is None:
             tokens = server.upstream.count(exchange)
             if tokens is not None:
-                server.tokens.put(key, tokens)
+                server.tokens.known.put(key, tokens)
                 server.tokens.learn(estimate, tokens)
         self.respond_json({"input_tokens": estimate if tokens is None else tokens})
 
