@@ -2459,7 +2459,7 @@ class ToolBytes:
         declared = tools[0].get("functionDeclarations")
         if len(tools) > 1 or not declared:
             return dump_json(body)
-        key = tuple(map(id, declared))  # Declarations gives the same objects, and they are kept here
+        key = tuple(map(id, declared))  # Declarations gives the same objects; kept, they keep ids
         made, _ = self._known.get(key) or (b"", tools)
         if not made:
             made = dump_json(tools)
