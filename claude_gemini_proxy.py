@@ -259,23 +259,26 @@ def google_error(raw: Any) -> Json:
         try:
             raw = json.loads(raw)
         except ValueError:
-            text = " ".join(_MARKUP.sub(" ", raw[:20000].decode("utf-8", "replace")).split())
-            return {"message": text[:300]}
+            return {"message": _MARKUP.sub(" ", raw[:20000].decode("utf-8", "replace"))}
     while isinstance(raw, list) and raw:
         raw = raw[0]
     error = raw.get("error", raw) if isinstance(raw, dict) else raw
     return error if isinstance(error, dict) else {"message": str(error or "")}
 
 
-def upstream_error(status: int, raw: Any, model: str = "") -> ProxyError:
-    """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError.
+def upstream_error(status: int, raw: Any, model: str = "",
+                   keys: Sequence[str] = ()) -> ProxyError:
+    """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError, without
+    the keys that upstream may quote.
 
     Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recorded
     bodies.
     """
     error = google_error(raw)
     message = " ".join(str(error.get("message") or "no reason given").split())
-    message = SECRETS.sub("[key]", message)[:600]
+    for key in keys:
+        message = message.replace(key, "[key]") if len(key) > 7 else message
+    message = SECRETS.sub("[key]", message)[:400]
     details = _dicts(error.get("details"))
     if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
         return ProxyError(403, "The upstream refused the key: %s (see GEMINI_API_KEY in the README)"
@@ -787,6 +790,8 @@ def check_request(body: Any) -> Json:
             expect(body[name], kinds, name)
     if not isinstance(body.get("model"), str) or not body["model"].strip():
         raise invalid("model: a model name is required")
+    if not body["model"].isprintable():
+        raise invalid("model: a model name has no control characters")
     if not body.get("messages"):
         raise invalid("messages: at least one message is required")
     if body.get("max_tokens") is not None and body["max_tokens"] < 1:
@@ -2571,13 +2576,12 @@ class ConnectionPool(urllib.request.HTTPSHandler):
 
     IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
 
-    def __init__(self, secure: bool, timeout: float) -> None:
+    def __init__(self, secure: bool) -> None:
         # One context for the process, as loading the CAs takes 15 ms; without HTTPS an empty one,
         # or the base class would load them.
         self._tls = (ssl.create_default_context() if secure
                      else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         super().__init__(context=self._tls)
-        self._timeout = timeout
         self._lock = threading.Lock()  # protects _idle
         self._idle: Dict[Tuple, List[Tuple[Any, float]]] = {}
 
@@ -2599,11 +2603,13 @@ class ConnectionPool(urllib.request.HTTPSHandler):
                              should_retry=False)
         names = [name for name in ("Proxy-Authorization",) if tunnel and name in headers]
         proxy_headers = {name: headers.pop(name) for name in names}
+        fresh = False
         while True:
-            connection = self._take(place)
+            connection = None if fresh else self._take(place)
             reused = connection is not None
             if connection is None:
-                connection = connect(request.host, timeout=min(30.0, self._timeout))
+                connection = connect(request.host, timeout=min(30.0, request.timeout))
+                connection._create_connection = request.exchange.dial
                 if tunnel:
                     connection.set_tunnel(tunnel, headers=proxy_headers)
             try:
@@ -2619,10 +2625,13 @@ class ConnectionPool(urllib.request.HTTPSHandler):
                              functools.partial(self._give, place))
             except (http.client.RemoteDisconnected, ConnectionError):
                 connection.close()
+                request.exchange.release()
                 if not reused or request.exchange.gone.is_set():
                     raise
+                fresh = True
             except BaseException:
                 connection.close()
+                request.exchange.release()
                 raise
 
     def _take(self, place: Tuple) -> Any:
@@ -2664,6 +2673,11 @@ class Reply:
         self.headers = response.headers
         self._connection, self._response = connection, response
         self._exchange, self._give_back = exchange, give_back
+
+    @property
+    def is_framed(self) -> bool:
+        """The body's length is told, by a header or by chunks: a cut can be seen."""
+        return bool(self._response.chunked) or self._response.length is not None
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if it ends too early."""
@@ -2757,6 +2771,15 @@ def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
     return any(found)
 
 
+def has_left(sock: socket.socket) -> bool:
+    """Whether the other side has closed, also behind bytes that nobody has read yet."""
+    if hasattr(select, "POLLRDHUP"):
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+    return is_ready(sock) and not sock.recv(1, socket.MSG_PEEK)
+
+
 class Exchange:
     """One client request on its way: what upstream needs of it, and what the log says of it."""
 
@@ -2771,9 +2794,12 @@ class Exchange:
         self.retries = 0
         self.key_number = 0
         self.gone = threading.Event()   # the client has left
-        # protects _connection: it must not be cut when it is another's
-        self._lock = threading.Lock()
+        self.failures = 0               # of all tries so far, for MAX_RETRIES
+        self.key_changes = 0
+        self.started = time.monotonic()
+        self._lock = threading.Lock()   # protects the two below: they may become another's
         self._connection: Any = None
+        self._dialled: Optional[socket.socket] = None
 
     def use(self, connection: Any) -> None:
         """Note the connection that is about to be used; raises if the client has left."""
@@ -2782,17 +2808,36 @@ class Exchange:
         if self.gone.is_set():
             raise ConnectionAbortedError("the client has left")
 
+    def dial(self, address: Tuple[str, int], timeout: float, *unused: Any) -> socket.socket:
+        """socket.create_connection, so that cancel() also ends connecting and a TLS handshake."""
+        error = OSError("no address found")
+        for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+            sock = socket.socket(family, kind, protocol)
+            with self._lock:
+                self._dialled = sock.dup()  # TLS takes the socket itself away
+            try:
+                sock.settimeout(timeout)
+                sock.connect(place)
+                return sock
+            except OSError as exc:
+                error = exc
+                sock.close()
+        raise error
+
     def release(self) -> None:
         """The connection is done with; from now on it may serve another exchange."""
         with self._lock:
             self._connection = None
+            if self._dialled:
+                self._dialled.close()
+            self._dialled = None
 
     def cancel(self) -> None:
         """The client has left: wake the thread that waits for upstream. For another thread."""
         self.gone.set()
         with self._lock, contextlib.suppress(OSError, AttributeError):  # none, or closed just now
             # Not SSLSocket's own shutdown: it would take the TLS layer from under the reader.
-            socket.socket.shutdown(self._connection.sock, socket.SHUT_RDWR)
+            socket.socket.shutdown(self._dialled or self._connection.sock, socket.SHUT_RDWR)
 
 
 # What a 400 tells to leave out: (what it must say, name for the log, the change). Each is tried
@@ -2827,8 +2872,7 @@ class Gemini:
     def __init__(self, config: Config) -> None:
         self.keys = KeyRing(config.keys or ("",))
         self._config = config
-        self._pool = ConnectionPool(config.gemini_api_base.startswith("https:"),
-                                    config.request_timeout)
+        self._pool = ConnectionPool(config.gemini_api_base.startswith("https:"))
         self._opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
             self._opener.add_handler(handler)
@@ -2846,12 +2890,10 @@ class Gemini:
         """Yield the answer's chunks, those together that arrived together. What fails before the
         first ones is repaired or tried again here; after them, a failure is raised as
         ProxyError."""
-        started = time.monotonic()
         body = self._body(exchange)
         repaired: set = set()
-        failures = 0
         while True:
-            last_try = failures > 0 and failures == self._config.max_retries
+            last_try = 0 < self._config.max_retries <= exchange.failures
             stream = exchange.stream and not last_try and time.monotonic() >= self._no_stream_until
             attempt = self._attempt(exchange, body, stream)
             try:
@@ -2864,11 +2906,11 @@ class Gemini:
                     body = change
                 elif self._next_key(error, exchange) or self._next_token(repaired):
                     pass
-                elif self._may_retry(error, failures, started):
-                    failures += 1
-                    self._wait(exchange, error, failures)
+                elif self._may_retry(error, exchange):
+                    exchange.failures += 1
+                    self._wait(exchange, error)
                 elif error.status in (404, 429, 529) and self._next_model(exchange):
-                    body, failures, repaired = self._body(exchange), 0, set()
+                    body, repaired = self._body(exchange), set()
                 else:
                     error.transient = False  # its tries are used up
                     raise
@@ -2898,8 +2940,10 @@ class Gemini:
         if error.status not in (403, 429) or exchange.client_key:
             return False
         lasting = error.should_retry is False
-        seconds = 3600.0 if lasting else min(error.retry_after or 10.0, 3600.0)
-        return self.keys.rest(exchange.key_number, exchange.model, seconds)
+        seconds = 3600.0 if lasting else min(max(1.0, error.retry_after or 10.0), 3600.0)
+        exchange.key_changes += 1
+        return (self.keys.rest(exchange.key_number, exchange.model, seconds)
+                and exchange.key_changes < len(self._config.keys))
 
     def _next_token(self, repaired: set) -> bool:
         """Whether the bearer token was refused for the first time; the next try makes a new one."""
@@ -2907,17 +2951,17 @@ class Gemini:
         repaired.add("token")
         return first and bool(self._config.gemini_token_command) and not self._token
 
-    def _may_retry(self, error: ProxyError, failures: int, started: float) -> bool:
+    def _may_retry(self, error: ProxyError, exchange: Exchange) -> bool:
         """Only what may pass by itself: overload, faults, resets, short limits. Silence is not."""
         short = error.status == 429 and (error.retry_after or 0) <= self.LONGEST_WAIT
         return ((short or error.transient) and error.should_retry is not False
-                and failures < self._config.max_retries
-                and time.monotonic() - started < self.TOTAL_SECONDS)
+                and exchange.failures < self._config.max_retries
+                and time.monotonic() - exchange.started < self.TOTAL_SECONDS)
 
-    def _wait(self, exchange: Exchange, error: ProxyError, failures: int) -> None:
+    def _wait(self, exchange: Exchange, error: ProxyError) -> None:
         """Full jitter: a random time up to a limit that doubles, so that clients spread out."""
         seconds = error.retry_after or secrets.SystemRandom().uniform(
-            0, self.BACKOFF_SECONDS * min(16, 2 ** failures))
+            0, self.BACKOFF_SECONDS * min(16, 2 ** exchange.failures))
         if exchange.gone.wait(seconds):
             raise ProxyError(499, "the client has left")
 
@@ -2925,7 +2969,7 @@ class Gemini:
         position = exchange.models.index(exchange.model) + 1
         if position >= len(exchange.models):
             return False
-        exchange.model = exchange.models[position]
+        exchange.model, exchange.failures, exchange.key_changes = exchange.models[position], 0, 0
         exchange.translation = exchange.translate(exchange.model)
         LOG.warning("falling back to %s", exchange.model)
         return True
@@ -2945,8 +2989,12 @@ class Gemini:
                 self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
             else:
                 self._check(reply, exchange)
+                finished = reply.is_framed
                 for batch in batches_from_sse(reply.pieces()):
+                    finished = finished or b"finishReason" in dump_json(batch)
                     yield self._checked(batch, exchange)
+                if not finished:  # only the closed connection said that this was the end
+                    raise http.client.IncompleteRead(b"")
                 self._broken_streams = 0
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
             self._note_broken_stream(exchange)
@@ -3005,13 +3053,8 @@ class Gemini:
         return chunks
 
     def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
-        """An upstream error without the keys that Google may quote in it."""
-        error = upstream_error(status, raw, exchange.model)
-        for secret in self._config.keys + (exchange.client_key, self._token):
-            if len(secret) > 7:
-                error.message = error.message.replace(secret, "[key]")
-        error.message = SECRETS.sub("[key]", error.message)
-        return error
+        keys = self._config.keys + (exchange.client_key, self._token)
+        return upstream_error(status, raw, exchange.model, keys)
 
     def count(self, exchange: Exchange) -> Optional[int]:
         """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
@@ -3147,21 +3190,21 @@ def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retr
 
     A stream that breaks is asked for again only while the client has been told nothing of it.
     """
-    for attempt in range(max_retries + 1):
-        if attempt:
-            exchange.retries += 1
-            emitter.again()
+    while True:
         try:
             for batch in upstream.batches(exchange):
                 emit(emitter.feed_all, batch)
         except ProxyError as error:
-            if not error.transient or emitter.has_begun or attempt == max_retries:
+            if not error.transient or emitter.has_begun or exchange.failures >= max_retries:
                 raise
             LOG.info("%s: asking again: %s", exchange.model, error.message)
-            continue
-        if not emitter.is_useless:
-            return
-        LOG.info("%s: an empty or malformed answer (%s)", exchange.model, emitter.finish_reason)
+        else:
+            if not emitter.is_useless or exchange.failures >= max_retries:
+                return
+            LOG.info("%s: empty or malformed (%s)", exchange.model, emitter.finish_reason)
+        exchange.failures += 1
+        exchange.retries += 1
+        emitter.again()
 
 
 class EventStream:
@@ -3278,7 +3321,7 @@ class Heartbeat:
             now = time.monotonic()
             for exchange, (client, stream) in watched:
                 try:
-                    if is_ready(client) and not client.recv(1, socket.MSG_PEEK):
+                    if has_left(client):
                         exchange.cancel()
                     elif stream and is_ready(client, to_write=True):
                         stream.beat(now)
@@ -3305,8 +3348,9 @@ class ProxyServer(ThreadingHTTPServer):
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
         self.draining = False
-        self._active_lock = threading.Lock()  # protects the two below
-        self.active = 0
+        self._active_lock = threading.Lock()  # protects the three below
+        self.active = 0   # connections
+        self.busy = 0     # requests under way on them
         self.surplus: set = set()
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
@@ -3353,6 +3397,16 @@ class ProxyServer(ThreadingHTTPServer):
             self.active -= 1
             self.surplus.discard(request)
 
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        with self._active_lock:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self._active_lock:
+                self.busy -= 1
+
     def drain(self, seconds: float) -> None:
         """Take no more work, and wait for the answers under way. Frees the port at once."""
         self.draining = True
@@ -3361,7 +3415,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.shutdown()
         self.socket.close()
         deadline = time.monotonic() + seconds
-        while self.heartbeat.watched and time.monotonic() < deadline:
+        while self.busy and time.monotonic() < deadline:
             time.sleep(0.05)
         self.server_close()
 
@@ -3440,7 +3494,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.reader.allow(self.head_seconds)
-        super().handle_one_request()
+        with self.server.working():
+            super().handle_one_request()
 
     def route(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
@@ -3467,6 +3522,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.respond_error(error)
         except (ConnectionError, socket.timeout):
             self.close_connection = True
+        except RecursionError:
+            self.respond_error(invalid("The request is nested too deeply."))
         except Exception:
             LOG.exception("%s failed inside", self.request_id)
             self.respond_error(ProxyError(500, "The proxy failed inside; its log says where (%s)."
@@ -3480,6 +3537,14 @@ class ProxyHandler(BaseHTTPRequestHandler):
         A page cannot forge these headers; programs do not send Origin or Sec-Fetch-Site. A Host
         that is not ours on a loopback address is DNS rebinding.
         """
+        wanted, self.close_connection = self.close_connection, True  # after any refusal here
+        names = Counter(name.lower() for name in self.headers.keys())
+        twice = [name for name in ("host", "content-length", "transfer-encoding")
+                 if names[name] > 1]
+        if (self.headers.defects or self.headers.get_payload() or twice
+                or any(re.search(r"[\r\n\0]", value) for value in self.headers.values())):
+            raise invalid("The request's headers are malformed: %s."
+                          % (", ".join(twice) or "a line"))
         host = self.headers.get("host") or ""
         origin = self.headers.get("origin")
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
@@ -3494,8 +3559,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
             raise ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)."
                              % self.server.config.max_connections, retry_after=2)
         if self.server.draining:
-            self.close_connection = True
             raise ProxyError(529, "The proxy is shutting down.", retry_after=2)
+        self.close_connection = wanted
 
     def authorize(self) -> None:
         """Compare the front token in constant time; either header will do, clients send both."""
@@ -3530,14 +3595,14 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise ProxyError(415, "Content-Encoding: send the body as it is, not compressed.")
         if codings:
-            if lengths or [coding.strip().lower() for coding in codings] != ["chunked"]:
+            if lengths or [coding.strip(" \t").lower() for coding in codings] != ["chunked"]:
                 raise invalid(
                     "Transfer-Encoding: must be chunked, alone and without Content-Length.")
             body = self.read_chunked(limit)
         else:
             if not lengths:
                 raise ProxyError(411, "Content-Length: a request body is needed.")
-            if len(lengths) > 1 or not re.match(r"\d{1,15}$", lengths[0].strip()):
+            if len(lengths) > 1 or not re.match(r"[0-9]{1,15}$", lengths[0].strip(" \t")):
                 raise invalid("Content-Length: must be one whole number.")
             size = int(lengths[0])
             if size > limit:
@@ -3574,7 +3639,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
                     413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)." % limit)
             if not length:
                 break
-            pieces.append(self.read_exactly(length + 2)[:-2])
+            pieces.append(self.read_exactly(length))
+            if self.read_exactly(2) != b"\r\n":
+                raise invalid("Transfer-Encoding: a chunk is longer than it says.")
         while self.read_line() not in (b"\r\n", b"\n"):
             pass  # trailers
         return b"".join(pieces)
@@ -3594,7 +3661,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 content_type: str = "application/json") -> None:
         """Send an answer. A body that was not read is what the next request would be taken from."""
         unread = not self.body_read and (self.headers.get("content-length", "0") != "0"
-                                         or "transfer-encoding" in self.headers)
+                                         or "transfer-encoding" in self.headers
+                                         or self.command not in ("GET", "HEAD"))
         self.close_connection = self.close_connection or unread
         headers = dict(headers, **{"request-id": self.request_id})
         self.wfile.write(http_response(status, body, headers, self.close_connection, content_type,
@@ -3606,10 +3674,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """Take a little more of a refused body: closing at once would reset the answer away."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1)
-            deadline = time.monotonic() + 2
+            self.reader.allow(2)
             left = 4 << 20
-            while left > 0 and time.monotonic() < deadline:
+            while left > 0:
                 piece = self.rfile.read1(65536)
                 if not piece:
                     break
@@ -3620,7 +3687,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
-        self.close_connection = self.close_connection or self.connection in self.server.surplus
         LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
                 self.request_id, self.command, error.status, error.message)
         try:
@@ -3741,7 +3807,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         key = hashlib.blake2b(exchange.model.encode() + body, digest_size=16).digest()
         tokens = server.tokens.known.get(key)
         if tokens is None:
-            tokens = server.upstream.count(exchange)
+            with server.heartbeat.watching(exchange, self.connection):
+                tokens = server.upstream.count(exchange)
             if tokens is not None:
                 server.tokens.known.put(key, tokens)
                 server.tokens.learn(estimate, tokens)
@@ -3813,7 +3880,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         started = time.monotonic()
         emitter = MessageEmitter(model, new_id, lambda key, signature: None, exchange.translation)
         chunks = (chunk for batch in self.server.upstream.batches(exchange) for chunk in batch)
-        message = message_from_events(events_from_gemini(chunks, emitter))
+        with self.server.heartbeat.watching(exchange, self.connection):
+            message = message_from_events(events_from_gemini(chunks, emitter))
         self.respond_json({"status": "ok", "model": model,
                            "milliseconds": round((time.monotonic() - started) * 1000),
                            "answer": "".join(b.get("text", "") for b in message["content"])[:100]})
@@ -3862,10 +3930,10 @@ def model_list(models: Optional[Mapping[str, Json]]) -> List[Json]:
 
 def shown_body(body: Json) -> str:
     """A body for the log: cut, and without anything that looks like a key."""
-    text = json.dumps(body)
+    text = SECRETS.sub("[key]", json.dumps(body))
     if len(text) > 4000:
         text = "%s ... (%d more) ... %s" % (text[:2500], len(text) - 4000, text[-1500:])
-    return SECRETS.sub("[key]", text)
+    return text
 
 
 # ---- 13. Program ----------------------------------------------------------------------------
@@ -4027,11 +4095,6 @@ def serve(server: ProxyServer, demo: bool) -> int:
     config = server.config
     model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config),
                                                         resolve_model("claude-haiku", config))
-    LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s", __version__,
-            server.url, model, config.stream_mode)
-    base = urllib.parse.urlsplit(config.gemini_api_base)
-    if base.scheme == "http" and not is_loopback(base.hostname or "") and not demo:
-        LOG.warning("keys and prompts travel unencrypted to %s", config.gemini_api_base)
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -4041,6 +4104,11 @@ def serve(server: ProxyServer, demo: bool) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s", __version__,
+            server.url, model, config.stream_mode)
+    base = urllib.parse.urlsplit(config.gemini_api_base)
+    if base.scheme == "http" and not is_loopback(base.hostname or "") and not demo:
+        LOG.warning("keys and prompts travel unencrypted to %s", config.gemini_api_base)
     # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
     gc.set_threshold(20000, 20, 20)
     # glibc learns from this to keep what is freed: 840 page faults less, and 15 %, on 1.1 MB.
@@ -4048,7 +4116,7 @@ def serve(server: ProxyServer, demo: bool) -> int:
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not stop.wait(3600):
         pass
-    LOG.info("finishing %d answers (a second signal ends at once)", server.heartbeat.watched)
+    LOG.info("finishing %d requests (a second signal ends at once)", server.busy)
     server.drain(GRACE_SECONDS)
     return 0
 
