@@ -3477,6 +3477,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     idle_seconds = 120.0          # between two requests
     head_seconds = 20.0           # for a request's line and headers
     body_seconds = 30.0           # for its body, and a second more for each 100 kB
+    drain_seconds = 2.0           # for the rest of a request that was refused
     server: ProxyServer
 
     def setup(self) -> None:
@@ -3674,7 +3675,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """Take a little more of a refused body: closing at once would reset the answer away."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
-            self.reader.allow(2)
+            self.reader.allow(self.drain_seconds)
             left = 4 << 20
             while left > 0:
                 piece = self.rfile.read1(65536)

@@ -1547,9 +1547,9 @@ class EndToEnd(unittest.TestCase):
     def test_a_silent_thinking_stream_gets_empty_thoughts(self):
         saved = proxy.EventStream.THINKING_SECONDS
         self.addCleanup(setattr, proxy.EventStream, "THINKING_SECONDS", saved)
-        proxy.EventStream.THINKING_SECONDS = 0.2
+        proxy.EventStream.THINKING_SECONDS = 0.1
         for fields, expected in ((THINK, [("thinking", "hm"), ("text", "a")]), ({}, [("text", "a")])):
-            r = self.run_proxy(lambda *args: [0.4, chunk({"text": "hm", "thought": True}), 0.4, chunk("a", finish="STOP")], ping_interval=0.1)
+            r = self.run_proxy(lambda *args: [0.3, chunk({"text": "hm", "thought": True}), 0.3, chunk("a", finish="STOP")], ping_interval=0.1)
             _, events = r.ask(request(stream=True, **fields))
             self.assertEqual(summary(check_grammar(events)), expected)
             empty = [e for e in events if e.get("delta", {}).get("thinking") == ""]
@@ -1906,10 +1906,9 @@ class Faults(unittest.TestCase):
 
     def test_slow_clients_are_cut_and_hold_up_nobody(self):
         r = self.run_proxy()
-        saved = proxy.ProxyHandler.head_seconds, proxy.ProxyHandler.body_seconds, proxy.ProxyHandler.idle_seconds
-        self.addCleanup(lambda: (setattr(proxy.ProxyHandler, "head_seconds", saved[0]), setattr(proxy.ProxyHandler, "body_seconds", saved[1]),
-                                 setattr(proxy.ProxyHandler, "idle_seconds", saved[2])))
-        proxy.ProxyHandler.head_seconds = proxy.ProxyHandler.body_seconds = proxy.ProxyHandler.idle_seconds = 0.7
+        for name, seconds in (("head_seconds", 0.7), ("body_seconds", 0.7), ("idle_seconds", 0.7), ("drain_seconds", 0.1)):
+            self.addCleanup(setattr, proxy.ProxyHandler, name, getattr(proxy.ProxyHandler, name))
+            setattr(proxy.ProxyHandler, name, seconds)
         slow = [socket.create_connection(("127.0.0.1", r.port)) for _ in range(100)]
         for i, sock in enumerate(slow):
             sock.sendall((b"", b"POST /v1/mess", post_bytes(request())[:-5])[i % 3])
