@@ -442,6 +442,14 @@ def repeat(body, model, path):
     return chunks_of([[{"text": "You said: "}], [{"text": texts[-1] if texts else "nothing"}]])
 
 
+class FakeServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 512  # the usual 5 drops some of 200 connections at once
+
+    def handle_error(self, request, client_address):
+        """A proxy that resets is part of the tests."""
+
+
 class FakeGemini:
     """The server, its script, and what it saw. `issued` is described at refusal()."""
 
@@ -450,9 +458,8 @@ class FakeGemini:
         self.issued, self.returned, self.real, self.dummies = {}, set(), 0, 0
         self.connections = []
         self.lock, self.closing = threading.Lock(), threading.Event()  # the lock: for the two lines above
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self.server.daemon_threads, self.server.fake = True, self
-        self.server.handle_error = lambda *args: None  # a proxy that resets is part of the tests
+        self.server = FakeServer(("127.0.0.1", port), Handler)
+        self.server.fake = self
         self.url = "http://127.0.0.1:%d/v1beta" % self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
