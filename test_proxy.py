@@ -1541,7 +1541,7 @@ class EndToEnd(unittest.TestCase):
                 self.assertNotIn("message_stop", [e["type"] for e in events])
 
     def test_silence_gets_pings_and_the_200_waits_for_the_first_chunk(self):
-        r = self.run_proxy(lambda *args: [0.3, chunk("a"), 0.35, chunk("b", finish="STOP")], ping_interval=0.1)
+        r = self.run_proxy(lambda *args: [0.4, chunk("a"), 0.4, chunk("b", finish="STOP")], ping_interval=0.1)
         _, events = r.ask(request(stream=True))
         kinds = [e["type"] for e in events]
         self.assertEqual(kinds[:2], ["message_start", "ping"])
@@ -1556,7 +1556,7 @@ class EndToEnd(unittest.TestCase):
         self.addCleanup(setattr, proxy.EventStream, "THINKING_SECONDS", saved)
         proxy.EventStream.THINKING_SECONDS = 0.1
         for fields, expected in ((THINK, [("thinking", "hm"), ("text", "a")]), ({}, [("text", "a")])):
-            r = self.run_proxy(lambda *args: [0.3, chunk({"text": "hm", "thought": True}), 0.3, chunk("a", finish="STOP")], ping_interval=0.1)
+            r = self.run_proxy(lambda *args: [0.4, chunk({"text": "hm", "thought": True}), 0.4, chunk("a", finish="STOP")], ping_interval=0.1)
             _, events = r.ask(request(stream=True, **fields))
             self.assertEqual(summary(check_grammar(events)), expected)
             empty = [e for e in events if e.get("delta", {}).get("thinking") == ""]
@@ -1913,7 +1913,7 @@ class Faults(unittest.TestCase):
 
     def test_slow_clients_are_cut_and_hold_up_nobody(self):
         r = self.run_proxy()
-        for name, seconds in (("head_seconds", 0.7), ("body_seconds", 0.7), ("idle_seconds", 0.7), ("drain_seconds", 0.1)):
+        for name, seconds in (("head_seconds", 0.7), ("body_seconds", 0.7), ("idle_seconds", 0.7), ("drain_seconds", 0.5)):
             self.addCleanup(setattr, proxy.ProxyHandler, name, getattr(proxy.ProxyHandler, name))
             setattr(proxy.ProxyHandler, name, seconds)
         slow = [socket.create_connection(("127.0.0.1", r.port)) for _ in range(100)]
