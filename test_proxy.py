@@ -1284,6 +1284,45 @@ class Wire(unittest.TestCase):
             with self.assertRaises(http.client.HTTPException):
                 list(proxy.unchunked(types.SimpleNamespace(read1=lambda n: pieces.pop(0))))
 
+    def test_heads_are_read_in_one_way_or_not_at_all(self):
+        for head, expected in ((b"A: 1\r\nb:2\t\r\nA:  3 \r\nC:\r\n\r\nbody", {"a": "1, 3", "b": "2", "c": ""}), (b"A: \xfc\n\n", {"a": "\xfc"}), (b"\r\n", {}), (b"", {}),
+                               (b"a: 1", ValueError), (b"a: 1\r\n", ValueError), (b"a: %s\r\n\r\n" % (b"x" * 70000), ValueError), (b"a: 1\r\n" * 9000, ValueError),
+                               (b"a : 1\r\n\r\n", None), (b"a: 1\r\n 2\r\n\r\n", None), (b"a\r\n\r\n", None), (b"a: 1\r2\r\n\r\n", None), (b"a: \0\r\n\r\n", None),
+                               (b": 1\r\n\r\n", None), (b"Host: a\r\nhost: a\r\n\r\n", None), (b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n", None)):
+            with self.subTest(head[:40]):
+                file = io.BytesIO(head)
+                if isinstance(expected, dict):
+                    self.assertEqual(proxy.parse_fields(proxy.read_head(file)), expected)
+                    continue
+                with self.assertRaises(ValueError):
+                    proxy.parse_fields(proxy.read_head(file))
+                if expected is None:  # an upstream is believed what can be read of it
+                    self.assertIsInstance(proxy.parse_fields(proxy.read_head(io.BytesIO(head)), strict=False), dict)
+
+    def test_upstream_answers_of_every_framing_are_read(self):
+        def reply(data):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                theirs.sendall(data)
+            kept = []
+            exchange = types.SimpleNamespace(release=lambda: None)
+            connection = types.SimpleNamespace(sock=ours, close=ours.close)
+            with contextlib.closing(ours):
+                found = proxy.Reply(connection, exchange, kept.append)
+                return found.status, found.read(), bool(kept)
+        ok, early = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+        for data, expected in ((ok + b"Content-Length: 2\r\n\r\nab", (200, b"ab", True)), (early + ok + b"content-length:2\r\n\r\nab", (200, b"ab", True)),
+                               (ok + b"Transfer-Encoding: Chunked\r\n\r\n1\r\na\r\n1\r\nb\r\n0\r\n\r\n", (200, b"ab", True)), (ok + b"\r\nab", (200, b"ab", False)),
+                               (ok + b"Connection: Close\r\nContent-Length: 2\r\n\r\nab", (200, b"ab", False)), (b"HTTP/1.0 404 x\r\nContent-Length: 2\r\n\r\nab", (404, b"ab", False)),
+                               (b"HTTP/1.1 204 x\r\n\r\n", (204, b"", True)), (ok + b"Content-Length: 3\r\n\r\nab", http.client.IncompleteRead),
+                               (b"", http.client.RemoteDisconnected), (b"SSH-2.0\r\n\r\n", http.client.BadStatusLine), (b"HTTP/1.1 2", http.client.HTTPException)):
+            with self.subTest(data):
+                if isinstance(expected, tuple):
+                    self.assertEqual(reply(data), expected)
+                else:
+                    with self.assertRaises(expected):
+                        reply(data)
+
     def test_json_is_read_as_the_rfc_has_it(self):
         for raw, expected in ((rb'"\ud83d"', "\ufffd"), (rb'"\ud83d\ude00"', "\U0001f600"), (rb'"\\ud83d"', "\\ud83d"), (rb'"\ude00\ud83d"', "\ufffd\ufffd"),
                               ('"ü"'.encode(), "ü")):
@@ -1724,6 +1763,9 @@ class EndToEnd(unittest.TestCase):
         for i in range(20):
             r.ask(request(stream=bool(i % 2)))
         self.assertEqual(len({q["client"] for q in r.fake.requests}), 1)
+        at_once(8, lambda n: [r.ask(request(stream=bool(i % 2))) for i in range(10)])
+        self.assertEqual(len(r.fake.requests), 100)
+        self.assertLessEqual(len({q["client"] for q in r.fake.requests}), 8)
 
     def test_the_demo_answers_thinks_and_calls(self):
         r = self.run_proxy(upstream=proxy.DemoModel())
