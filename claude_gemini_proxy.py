@@ -19,7 +19,8 @@ one chunk into the same emitter. There is no second way from Gemini to Anthropic
 
 Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request to Gemini,
 6 JSON Schema, 7 answer to Anthropic, 8 wire formats, 9 shared state, 10 upstreams, 11 delivery,
-12 HTTP front end, 13 program. Sections 1 to 8 are pure: no I/O, clock, environment or random.
+12 HTTP front end, 13 page, 14 program. Sections 1 to 8 are pure: no I/O, clock, environment or
+random.
 
 Promises: contacts only the configured upstream; listens on 127.0.0.1 unless told otherwise;
 writes nothing to disk but the log that LOG_FILE names; keeps thought signatures in memory, nothing
@@ -58,12 +59,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
-from typing import (Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional,
-                    Sequence, Tuple)
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
+                    Optional, Sequence, Tuple)
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ProxyError", "events_from_gemini", "load_config", "make_server",
@@ -109,6 +110,34 @@ LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-
     ("gemini-3.5-flash-lite", "Gemini 3.5 Flash-Lite", "2026-07-21"),
     ("gemini-3.1-pro-preview", "Gemini 3.1 Pro Preview", "2026-02-19"),
     ("gemini-2.5-pro", "Gemini 2.5 Pro", "2025-06-17"),
+)
+
+
+
+class Price(NamedTuple):
+    """USD per million tokens of the models that `pattern` fits."""
+
+    pattern: str
+    until: str       # last day, "" for ever
+    above: int       # fewest prompt tokens
+    input: float
+    output: float    # thoughts included
+    cached: float
+
+
+# https://ai.google.dev/gemini-api/docs/pricing (as of 2026-11-10); the first row that fits wins.
+# Cached input costs a tenth, on Argon a twentieth. Searches and storage are not in here.
+PRICES = (
+    ("gemini-4-argon", "2026-11-30", 0, 2.0, 10.0, 0.1), ("gemini-4-argon", "", 0, 4.0, 20.0, 0.2),
+    ("gemini-3.[678]-flash", "2026-12-31", 0, 0.75, 3.75, 0.075),
+    ("gemini-3.[678]-flash", "", 0, 1.5, 7.5, 0.15),
+    ("gemini-3.5-flash-lite", "", 0, 0.3, 2.5, 0.03),
+    ("gemini-3.1-flash-lite", "", 0, 0.25, 1.5, 0.025),
+    ("gemini-3.1-pro-preview*", "", 200001, 4.0, 18.0, 0.4),
+    ("gemini-3.1-pro-preview*", "", 0, 2.0, 12.0, 0.2),
+    ("gemini-3-flash-preview", "", 0, 0.5, 3.0, 0.05),
+    ("gemini-2.5-pro", "", 200001, 2.5, 15.0, 0.25), ("gemini-2.5-pro", "", 0, 1.25, 10.0, 0.125),
+    ("gemini-2.5-flash", "", 0, 0.3, 2.5, 0.03), ("gemini-2.5-flash-lite", "", 0, 0.1, 0.4, 0.01),
 )
 
 # finishReason -> stop_reason; those in no row end the turn, with a note of what Gemini called it.
@@ -452,6 +481,31 @@ def _model_map(value: str) -> Tuple[Tuple[str, str], ...]:
     return tuple(pairs)
 
 
+def _usd(value: str) -> float:
+    if not re.match(r"\d{1,7}(\.\d{1,6})?$", value) or float(value) <= 0:
+        raise ValueError("must be an amount in USD above 0")
+    return float(value)
+
+
+def _prices(value: str) -> Tuple[Tuple, ...]:
+    """`model=input/output/cached,...` or JSON {"model": [input, output, cached]}."""
+    if value.lstrip().startswith("{"):
+        rows = [(name, numbers if isinstance(numbers, list) else [])
+                for name, numbers in json.loads(value).items()]
+    else:
+        rows = [(name, numbers.split("/"))
+                for name, _, numbers in (item.partition("=") for item in _names(value))]
+    try:
+        prices = [(name.strip(), [float(number) for number in numbers]) for name, numbers in rows]
+    except (TypeError, ValueError):
+        prices = [("", [])]
+    if not all(name and len(numbers) in (2, 3) and min(numbers) >= 0 for name, numbers in prices):
+        raise ValueError('must be model=input/output/cached,... or {"model": [input, output, '
+                         'cached]}, in USD per million tokens')
+    return tuple((name, "", 0, numbers[0], numbers[1], numbers[2 if len(numbers) > 2 else 0])
+                 for name, numbers in prices)
+
+
 def _key_list(value: str) -> str:
     keys = json.loads(value)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
@@ -527,6 +581,15 @@ class Config:
         parse=_model_map, help='name=model,... or JSON; * is a wildcard; before the tiers'))
     fallback_models: Tuple[str, ...] = field(default=(), metadata=dict(
         parse=_names, help="models tried in order on quota, overload and not-found"))
+    long_context_model: str = field(default="", metadata=dict(
+        parse=_text, help="model for tiers and unknown names above LONG_CONTEXT_TOKENS"))
+    long_context_tokens: int = field(default=200000, metadata=dict(
+        parse=_positive, help="estimated input tokens from which on a request is long"))
+    prices: Tuple[Tuple, ...] = field(default=(), metadata=dict(
+        parse=_prices, help="model=input/output/cached,... or JSON, in USD per million tokens; "
+                            "before the built-in prices"))
+    budget_usd: float = field(default=0.0, metadata=dict(
+        parse=_usd, help="what may be spent before requests are refused (0: no limit)"))
     stream_mode: str = field(default="live", metadata=dict(
         parse=_stream_mode, also=(("FORCE_DISABLE_STREAMING", _replay_if_true),
                                   ("EMERGENCY_DISABLE_STREAMING", _replay_if_true)),
@@ -582,7 +645,8 @@ def build_parser() -> argparse.ArgumentParser:
     """A flag for each setting that is no secret: every local user can see a command line."""
     parser = argparse.ArgumentParser(
         prog="claude_gemini_proxy.py", allow_abbrev=False,
-        usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [sh|fish|powershell] | check]",
+        usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [sh|fish|powershell] | check | "
+              "statusline]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run Claude Code and other Anthropic clients on Google Gemini.",
         epilog="Precedence: flag > environment > .env in the working directory > default.\n"
@@ -603,7 +667,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS = ("serve", "run", "env", "check")
+COMMANDS = ("serve", "run", "env", "check", "statusline")
 SHELLS = ("sh", "fish", "powershell")
 
 
@@ -683,7 +747,7 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
 
 
-_LONG_CONTEXT = re.compile(r"(?i)(\s*\[1m\])+$")
+_MILLION_MARK = re.compile(r"(?i)(\s*\[1m\])+$")
 _OWN_NAME = re.compile(
     r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma)-.+|tunedModels/.+)$")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
@@ -692,7 +756,7 @@ _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 def resolve_model(requested: str, config: Config) -> str:
     """The Gemini model that answers for a requested name. Unknown names get the default: lists of
     Claude's names age in weeks. Raises ProxyError 404 for names that could leave the URL's path."""
-    name = _LONG_CONTEXT.sub("", requested.strip())
+    name = _MILLION_MARK.sub("", requested.strip())
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
     target = config.anthropic_model or next(mapped, "")
     if not target:
@@ -712,10 +776,34 @@ def tier_model(name: str, config: Config) -> str:
 def own_name(target: str) -> str:
     """A target model as the upstream's URL has it: without `models/`, `claude-` or `[1m]`."""
     found = _OWN_NAME.match(target)
-    name = _LONG_CONTEXT.sub("", found.group(1) if found else target)
+    name = _MILLION_MARK.sub("", found.group(1) if found else target)
     if not _MODEL_NAME.fullmatch(name):
         raise ProxyError(404, "model: %s" % target[:200])
     return name
+
+
+def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
+    """The price of a model on a day (2026-12-31), or None if it is not known."""
+    prices = (Price(*row) for row in config.prices + PRICES)
+    return next((price for price in prices if fnmatch.fnmatchcase(model, price.pattern)
+                 and prompt_tokens >= price.above and day <= (price.until or day)), None)
+
+
+def cost_of(usage: Json, model: str, config: Config, day: str) -> Optional[float]:
+    """USD for an answer, by its usageMetadata; None if the price is not known.
+
+    An upstream that names the cost itself (`cost`) is believed.
+    """
+    if isinstance(usage.get("cost"), (int, float)):
+        return float(usage["cost"])
+    count = {name: n for name, n in usage.items() if isinstance(n, int)}
+    prompt, cached = count.get("promptTokenCount", 0), count.get("cachedContentTokenCount", 0)
+    price = price_of(model, config, day, prompt)
+    if price is None:
+        return None
+    fresh = prompt - cached + count.get("toolUsePromptTokenCount", 0)
+    output = count.get("candidatesTokenCount", 0) + count.get("thoughtsTokenCount", 0)
+    return (fresh * price.input + cached * price.cached + output * price.output) / 1e6
 
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
@@ -2405,7 +2493,8 @@ def _objects(raw: bytes) -> List[Json]:
 #
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
-#   SignatureCache, KeyRing, Metrics    process        every handler      one each, for dictionaries
+#   SignatureCache, KeyRing, Metrics,
+#   Traffic                             process        every handler      one each, for dictionaries
 #   Declarations, ToolBytes,
 #   TokenCounts, ConnectionPool         process        every handler      one each, not held in I/O
 #   MessageEmitter                      one answer     handler, pings     its EventStream's
@@ -2567,12 +2656,14 @@ class KeyRing:
             self._resting[number, model] = now + seconds
             return any(self._resting.get((n, model), 0) <= now for n in range(len(self._keys)))
 
-    def resting(self) -> Dict[str, float]:
-        """{"key number/model": seconds left}"""
+    def states(self) -> List[Json]:
+        """[{"number": from 1, "resting": {model: seconds left}}, ...]"""
         with self._lock:
             now = self._clock()
-            return {"%d/%s" % (n + 1, model): until - now
-                    for (n, model), until in self._resting.items() if until > now}
+            return [{"number": n + 1, "resting": {model: round(until - now)
+                                                  for (m, model), until in self._resting.items()
+                                                  if m == n and until > now}}
+                    for n in range(len(self._keys))]
 
 
 class Metrics:
@@ -2606,6 +2697,60 @@ class Metrics:
             shown = ",".join('%s="%s"' % (k, re.sub(r'["\\\n]', "_", v)) for k, v in labels)
             lines.append("proxy_%s%s %.10g" % (name, "{%s}" % shown if shown else "", value))
         return "\n".join(lines) + "\n"
+
+
+class Traffic:
+    """What was asked in the last hour, what was spent, and the sums of each client's session."""
+
+    SUMS = ("requests", "input", "cached", "output", "thought", "cost")
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._sessions = Bounded(1000)
+        self._lock = threading.Lock()  # protects the two below
+        self._records: Deque[Json] = deque(maxlen=5000)
+        self._spent = 0.0
+
+    @property
+    def spent(self) -> float:
+        """USD since the start, of all models whose price is known."""
+        return self._spent
+
+    def add(self, record: Json, session: str = "") -> None:
+        """Keep a record: `status` and, where there was an answer, the fields of its log line."""
+        with self._lock:
+            self._records.append(dict(record, time=self._clock()))
+            self._spent += record.get("cost") or 0.0
+        if session:
+            sums = self._sessions.get(session) or dict.fromkeys(self.SUMS, 0)
+            added = {name: sums[name] + (record.get(name) or 0) for name in self.SUMS}
+            self._sessions.put(session, dict(added, requests=sums["requests"] + 1,
+                                             model=record.get("model")))
+
+    def session(self, id_: str) -> Optional[Json]:
+        return self._sessions.get(id_)
+
+    def last_hour(self) -> Json:
+        """-> {"minutes": 60 sums, the oldest first, "recent": the newest 20 records}"""
+        now = self._clock()
+        with self._lock:
+            records = [record for record in self._records if record["time"] > now - 3600]
+        minutes: List[List[Json]] = [[] for _ in range(60)]
+        for record in records:
+            minutes[max(0, 59 - int((now - record["time"]) // 60))].append(record)
+        return {"minutes": [minute_sums(minute) for minute in minutes],
+                "recent": records[:-21:-1]}
+
+
+def minute_sums(records: Sequence[Json]) -> Json:
+    """Requests, errors, tokens, USD and median times of some records."""
+    sums: Json = {name: sum(record.get(name) or 0 for record in records)
+                  for name in Traffic.SUMS[1:]}
+    for name in ("first_ms", "total_ms"):
+        times = sorted(record[name] for record in records if record.get(name))
+        sums[name] = times[len(times) // 2] if times else None
+    return dict(sums, requests=len(records),
+                errors=sum(record["status"] >= 400 for record in records))
 
 
 # ---- 10. Upstreams (I/O) --------------------------------------------------------------------
@@ -3150,14 +3295,30 @@ class Gemini:
             self._counting.release()
 
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
-        """What the key can use: id -> Gemini's description; None if upstream does not say."""
+        """list_models, remembered for 10 minutes; None if upstream does not say."""
         if time.monotonic() < self._models_until and not client_key:
             return self._models
+        try:
+            found = self.list_models(client_key) or None
+        except ProxyError as error:
+            LOG.info("no list of models from upstream: %s", error.message)
+            found = None
+        if not client_key:
+            with self._lock:
+                self._models = found
+                self._models_until = time.monotonic() + (600 if found else 30)
+        return found
+
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        """What the key can use: id -> Gemini's description. Raises ProxyError.
+
+        Source: https://ai.google.dev/api/models (read 2026-11-20).
+        """
         exchange = Exchange({}, [""], lambda model: None, False, client_key)
         found: Dict[str, Json] = {}
         token = ""
-        try:
-            for _ in range(10):
+        for _ in range(10):
+            try:
                 with contextlib.closing(self._send(exchange, "models?pageSize=1000" + token, None,
                                                    self.COUNT_SECONDS)) as reply:
                     self._check(reply, exchange)
@@ -3165,16 +3326,12 @@ class Gemini:
                 for model in _dicts(page.get("models")):
                     if "generateContent" in (model.get("supportedGenerationMethods") or ()):
                         found[str(model.get("name")).rpartition("/")[2]] = model
-                if not page.get("nextPageToken"):
-                    break
-                token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
-        except (ProxyError, OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
-            LOG.info("no list of models from upstream: %s", exc)
-        if not client_key:
-            with self._lock:
-                self._models = found or None
-                self._models_until = time.monotonic() + (600 if found else 30)
-        return found or None
+            except (OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
+                raise broken(exc, exchange) from exc
+            if not page.get("nextPageToken"):
+                break
+            token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
+        return found
 
     def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Reply:
         model = urllib.parse.quote(exchange.model, safe="/@")
@@ -3219,6 +3376,10 @@ class Gemini:
             with self._lock:
                 self._token = token
         return token
+
+    def key_states(self) -> List[Json]:
+        """The keys by number, each with the seconds that it still rests for a model."""
+        return self.keys.states() if self._config.keys else []
 
     def close(self) -> None:
         self._pool.close_idle()
@@ -3376,9 +3537,10 @@ class Heartbeat:
             if stream:
                 stream.close()
 
-    @property
-    def watched(self) -> int:
-        return len(self._watched)
+    def exchanges(self) -> List[Exchange]:
+        """What is under way."""
+        with self._lock:
+            return list(self._watched)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -3415,6 +3577,7 @@ class ProxyServer(ThreadingHTTPServer):
                                          config.signature_cache_bytes)
         self.declarations = Declarations()
         self.tokens = TokenCounts()
+        self.traffic = Traffic()
         self.upstream = upstream or Gemini(config)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
@@ -3498,6 +3661,10 @@ class ProxyServer(ThreadingHTTPServer):
         super().server_close()
         self.heartbeat.stop()
         self.upstream.close()
+
+
+def today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())
 
 
 def new_id(prefix: str) -> str:
@@ -3593,7 +3760,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def route(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
         self.request_id = new_id("req_")
-        self.body_read = False
+        self.body_read = self.logged = False
         self.stream: Optional[EventStream] = None
         try:
             path = urllib.parse.unquote(self.path.partition("?")[0]).rstrip("/") or "/"
@@ -3782,6 +3949,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
         LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
                 self.request_id, self.command, error.status, error.message)
+        if self.command == "POST" and not self.logged:
+            self.server.traffic.add({"status": error.status, "requested": self.path[:100]})
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
@@ -3814,13 +3983,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         server, config = self.server, self.server.config
         body = self.read_body()
         request = check_request(parse_json(body))
-        models = [resolve_model(request["model"], config)]
-        models += [own_name(name) for name in config.fallback_models]
-        translate = functools.partial(to_gemini, request, config=config,
-                                      lookup=server.signatures.get,
-                                      declare=server.declarations.declare)
-        live = bool(request.get("stream")) and config.stream_mode == "live"
-        exchange = Exchange(request, models, translate, live, self.client_key())
+        exchange, estimate = self.make_exchange(request, len(body))
+        self.check_budget(exchange)
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
         server.metrics.add(*(("signatures_total", count, (("kind", kind),))
@@ -3828,17 +3992,50 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if config.debug:
             LOG.debug("%s client: %s", self.request_id, shown_body(request))
             LOG.debug("%s upstream: %s", self.request_id, shown_body(exchange.translation.body))
-        emitter = MessageEmitter(
-            request["model"], new_id, server.signatures.put, exchange.translation,
-            server.tokens.estimate(len(body), exchange.translation),
-            bool(request.get("context_management")))
+        emitter = MessageEmitter(request["model"], new_id, server.signatures.put,
+                                 exchange.translation, estimate,
+                                 bool(request.get("context_management")))
+        status = 499  # what else ends this is the client's leaving
         try:
             if request.get("stream"):
                 self.stream_answer(exchange, emitter)
             else:
                 self.whole_answer(exchange, emitter)
+            status = 200
+        except ProxyError as error:
+            status = error.status
+            raise
         finally:
-            self.log_exchange(exchange, emitter, started)
+            self.log_exchange(exchange, emitter, started, status)
+
+    def make_exchange(self, request: Json, size: int) -> Tuple[Exchange, int]:
+        """A request on its way, and an estimate of its tokens; if long, for LONG_CONTEXT_MODEL."""
+        server, config = self.server, self.server.config
+        translate = functools.partial(to_gemini, request, config=config,
+                                      lookup=server.signatures.get,
+                                      declare=server.declarations.declare)
+        live = bool(request.get("stream")) and config.stream_mode == "live"
+        models = [resolve_model(request["model"], config)]
+        models += [own_name(name) for name in config.fallback_models]
+        exchange = Exchange(request, models, translate, live, self.client_key())
+        estimate = server.tokens.estimate(size, exchange.translation)
+        if (config.long_context_model and estimate >= config.long_context_tokens
+                and not _OWN_NAME.match(request["model"])):
+            models[0] = own_name(config.long_context_model)
+            exchange = Exchange(request, models, translate, live, self.client_key())
+        return exchange, estimate
+
+    def check_budget(self, exchange: Exchange) -> None:
+        """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
+        config, spent = self.server.config, self.server.traffic.spent
+        if config.budget_usd and spent >= config.budget_usd:
+            raise ProxyError(402, "The budget is spent: $%.2f of BUDGET_USD=%g since the proxy was "
+                             "started. Raise it, or start the proxy anew."
+                             % (spent, config.budget_usd), should_retry=False)
+        unknown = [model for model in exchange.models if not price_of(model, config, today())]
+        if config.budget_usd and unknown:
+            raise ProxyError(402, "BUDGET_USD is set, but the price of %s is not known: set PRICES."
+                             % ", ".join(unknown), should_retry=False)
 
     def stream_answer(self, exchange: Exchange, emitter: MessageEmitter) -> None:
         chunked = self.request_version == "HTTP/1.1"
@@ -3863,24 +4060,31 @@ class ProxyHandler(BaseHTTPRequestHandler):
         events += emitter.finish()
         self.respond_json(message_from_events(events))
 
-    def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float) -> None:
+    def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float,
+                     status: int) -> None:
         """One line for each request, and the counters."""
         usage, now = emitter.usage, time.monotonic()
         first = self.stream.first_event_at if self.stream else 0.0
+        cost = cost_of(usage, exchange.model, self.server.config, today()) if usage else None
         fields = {"request_id": self.request_id, "requested": exchange.request["model"],
-                  "model": exchange.model, "finish": emitter.finish_reason or "-",
+                  "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
                   "first_ms": round((first - started) * 1000) if first else None,
                   "total_ms": round((now - started) * 1000), "retries": exchange.retries,
-                  "key": exchange.key_number + 1}
-        fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
-        LOG.info("%(request_id)s %(requested)s -> %(model)s %(finish)s, tokens in %(input)s "
-                 "(cached %(cached)s) out %(output)s (thoughts %(thought)s), first %(first_ms)s "
-                 "ms, all %(total_ms)s ms, retries %(retries)s, key %(key)s", fields,
+                  "key": exchange.key_number + 1, "cost": cost}
+        fields.update((kind, usage[name] if isinstance(usage.get(name), int) else 0)
+                      for name, kind in TOKEN_KINDS)
+        LOG.info("%(request_id)s %(requested)s -> %(model)s %(status)s %(finish)s, tokens in "
+                 "%(input)s (cached %(cached)s) out %(output)s (thoughts %(thought)s), %(shown)s, "
+                 "first %(first_ms)s ms, all %(total_ms)s ms, retries %(retries)s, key %(key)s",
+                 dict(fields, shown="no price" if cost is None else "$%.4f" % cost),
                  extra={"fields": fields})
+        self.server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
+        self.logged = True
         if isinstance(usage.get("promptTokenCount"), int):
             self.server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         model = ("model", exchange.model)
         counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
+        counts += [("cost_usd_total", cost, (model,))] if cost is not None else []
         counts += [("tokens_total", usage[name], (("kind", kind), model))
                    for name, kind in TOKEN_KINDS if isinstance(usage.get(name), int)]
         self.server.metrics.add(*counts)
@@ -3949,19 +4153,31 @@ class ProxyHandler(BaseHTTPRequestHandler):
                      content_type="text/plain; version=0.0.4")
 
     def handle_status(self, path: str) -> None:
-        """GET /: what runs here, for people and scripts; no secret in it"""
-        config = self.server.config
+        """GET /: a page for browsers, and what it shows as JSON, for people and scripts; no secret
+        in it. `?session=` adds the sums of one session of Claude Code's."""
+        if "text/html" in self.headers.get("accept", ""):
+            self.respond(200, PAGE.encode(), PAGE_HEADERS, "text/html; charset=utf-8")
+            return
+        self.authorize()
+        server, config = self.server, self.server.config
         settings = {row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
                     if not row.metadata.get("secret")}
-        entries, size = self.server.signatures.size()
-        self.respond_json({
+        entries, size = server.signatures.size()
+        session = urllib.parse.parse_qs(self.path.partition("?")[2]).get("session", [""])[0]
+        now = time.monotonic()
+        live = [{"requested": exchange.request.get("model"), "model": exchange.model,
+                 "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
+                for exchange in server.heartbeat.exchanges()]
+        self.respond_json(dict(server.traffic.last_hour(), **{
             "name": "claude_gemini_proxy", "version": __version__, "settings": settings,
-            "keys": len(config.keys), "models": {name: resolve_model("claude-" + name, config)
-                                                 for name in ("opus", "sonnet", "haiku")},
-            "signatures": {"entries": entries, "bytes": size},
+            "uptime_seconds": round(time.time() - server.started),
+            "keys": server.upstream.key_states(),
+            "models": {name: resolve_model("claude-" + name, config)
+                       for name in ("opus", "sonnet", "haiku")},
+            "signatures": {"entries": entries, "bytes": size}, "live": live,
+            "spent_usd": server.traffic.spent, "session": server.traffic.session(session),
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
-                         for (name, labels),
-                         value in sorted(self.server.metrics.snapshot().items())}})
+                         for (name, labels), value in sorted(server.metrics.snapshot().items())}}))
 
     def handle_test_connection(self, path: str) -> None:
         """GET /test-connection: one small real answer"""
@@ -3994,7 +4210,7 @@ ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = Mappin
     "/api/event_logging/batch": {"POST": ProxyHandler.handle_quiet},
 })
 MODEL_ROUTE = MappingProxyType({"GET": ProxyHandler.handle_model})
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/"})  # of "/", only the page without what it shows
 
 
 def model_entry(id_: str, model: Json) -> Json:
@@ -4029,7 +4245,193 @@ def shown_body(body: Json) -> str:
     return text
 
 
-# ---- 13. Program ----------------------------------------------------------------------------
+# ---- 13. The page (pure) ---------------------------------------------------------------------
+
+PAGE_HEADERS = MappingProxyType({
+    "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
+                               "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
+                               "form-action 'none'; frame-ancestors 'none'"})
+# Everything that is shown comes from `GET /` as JSON and is set as text, never as markup.
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>claude_gemini_proxy</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --ink: #1c1c1a; --soft: #63635e;
+  --line: #deded8; --a: #2a6fc9; --b: #a9c8ee; --c: #1b8a6b; --bad: #c4362b; }
+@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #20201e; --ink: #ececea;
+  --soft: #a0a09a; --line: #3a3a36; --a: #6ea8f0; --b: #41699c; --c: #4cc3a0; --bad: #f0796e; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .5rem;
+  color: var(--ink); }
+p { margin: .1rem 0 1rem; color: var(--soft); }
+.grid { display: grid; gap: .8rem; margin-bottom: .8rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem;
+  min-width: 0; overflow-x: auto; }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.soft, .tile, th, .key { color: var(--soft); } .tile b { color: var(--ink); }
+td.bad, b.bad { color: var(--bad); }
+svg { display: block; width: 100%; height: 7rem; border-bottom: 1px solid var(--line); }
+.axis { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .8rem;
+  color: var(--soft); }
+.key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px;
+  margin: 0 .3em 0 .8em; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem;
+  font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .2rem .5rem; border-top: 1px solid var(--line);
+  white-space: nowrap; }
+th { font-weight: 500; border-top: 0; } .left { text-align: left; }
+input, button { font: inherit; padding: .3rem .6rem; }
+[hidden] { display: none; }
+</style></head><body>
+<h1>claude_gemini_proxy</h1><p id="head">Loading ...</p>
+<form id="login" class="card" hidden><label>PROXY_AUTH_TOKEN
+<input id="token" type="password" autocomplete="off" required></label> <button>Show</button>
+<p>Kept in this tab only.</p></form>
+<main id="main" hidden>
+<div class="grid tiles" id="tiles"></div>
+<div class="grid" id="plots"></div>
+<div class="grid"><div class="card" id="live"></div></div>
+<div class="grid"><div class="card" id="recent"></div></div>
+<div class="grid"><div class="card" id="models"></div><div class="card" id="keys"></div>
+<div class="card" id="signatures"></div></div></main>
+<noscript>This page needs JavaScript; the same as JSON: curl this address.</noscript>
+<script>
+"use strict";
+const $ = id => document.getElementById(id);
+const make = (tag, text, className) =>
+  Object.assign(document.createElement(tag), {textContent: text ?? "", className: className || ""});
+const row = (className, ...children) => {
+  const box = make("div", "", className);
+  box.append(...children);
+  return box;
+};
+const count = n => n >= 1e6 ? (n / 1e6).toFixed(1) + " M"
+  : n >= 1e4 ? Math.round(n / 1e3) + " k" : String(n);
+const usd = n => n == null ? "–" : "$" + n.toFixed(n === 0 ? 0 : n < 1 ? 4 : 2);
+const ms = n => n == null ? "–"
+  : n >= 1e3 ? (n / 1e3).toFixed(n < 1e4 ? 1 : 0) + " s" : n + " ms";
+const span = s => s >= 7200 ? Math.floor(s / 3600) + " h"
+  : s >= 120 ? Math.floor(s / 60) + " min" : Math.round(s) + " s";
+const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
+
+function table(id, title, heads, rows, empty) {
+  const body = make("table"), top = body.insertRow();
+  heads.forEach((head, i) => top.append(make("th", head, i < 2 ? "left" : "")));
+  for (const cells of rows) {
+    const line = body.insertRow();
+    cells.forEach((cell, i) => line.append(make("td", cell, i < 2 ? "left"
+      : heads[i] === "status" && cell >= 400 ? "bad" : "")));
+  }
+  $(id).replaceChildren(make("h2", title), rows.length ? body : make("span", empty, "soft"));
+}
+
+function svg(tag, attributes, ...children) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const name in attributes) node.setAttribute(name, attributes[name]);
+  node.append(...children);
+  return node;
+}
+
+// series: [name, value of a minute, colour]; on top of each other, or side by side
+function plot(title, unit, minutes, series, stacked) {
+  const value = (s, minute) => s[1](minute) || 0;
+  const tops = minutes.map(minute => stacked ? series.reduce((t, s) => t + value(s, minute), 0)
+                                             : Math.max(...series.map(s => value(s, minute))));
+  const top = Math.max(...tops), width = stacked ? 8 : 8 / series.length;
+  const columns = minutes.map((minute, i) => {
+    let base = 0;
+    const bars = series.map((s, j) => {
+      const height = top ? value(s, minute) / top * 96 : 0, y = 100 - base - height;
+      base += stacked ? height : 0;
+      return svg("rect", {x: i * 10 + 1 + (stacked ? 0 : j * width), y, width, height,
+                          fill: "var(--" + s[2] + ")"});
+    });
+    const values = series.map(s => s[0] + " " + unit(s[1](minute))).join(", ");
+    return svg("g", {}, svg("title", {}, 59 - i + " min ago: " + values), ...bars);
+  });
+  const key = row("key", ...series.flatMap(s => {
+    const mark = make("i");
+    mark.style.background = "var(--" + s[2] + ")";
+    return [mark, s[0]];
+  }));
+  return row("card", row("axis", make("h2", title), key),
+    svg("svg", {viewBox: "0 0 600 100", preserveAspectRatio: "none", role: "img",
+                "aria-label": title + " a minute, for 60 minutes"}, ...columns),
+    row("axis", make("span", "60 min ago"),
+        make("span", top ? "highest: " + unit(top) : "nothing yet"), make("span", "now")));
+}
+
+function show(d) {
+  const m = d.minutes, budget = d.settings.budget_usd;
+  $("head").textContent = [d.version, "up " + span(d.uptime_seconds), d.settings.stream_mode,
+                           "the last hour:"].join(" · ");
+  const tiles = [["requests", count(sum(m, "requests"))], ["errors", count(sum(m, "errors"))],
+    ["tokens in", count(sum(m, "input"))], ["cached", count(sum(m, "cached"))],
+    ["tokens out", count(sum(m, "output") + sum(m, "thought"))], ["cost", usd(sum(m, "cost"))],
+    [budget ? "spent of " + usd(budget) : "since start", usd(d.spent_usd)],
+    ["under way", d.live.length]];
+  $("tiles").replaceChildren(...tiles.map(([name, value]) => row("card tile",
+    make("b", value, name === "errors" && value !== "0" ? "bad" : ""), name)));
+  $("plots").replaceChildren(
+    plot("Requests", count, m, [["answered", x => x.requests - x.errors, "a"],
+                                         ["errors", x => x.errors, "bad"]], true),
+    plot("Median time", ms, m, [["first delta", x => x.first_ms, "a"],
+                                ["whole answer", x => x.total_ms, "b"]], false),
+    plot("Tokens", count, m, [["cached", x => x.cached, "b"],
+      ["other input", x => x.input - x.cached, "a"],
+      ["output", x => x.output + x.thought, "c"]], true));
+  table("live", "Under way", ["requested", "model", "for", "retries"],
+    d.live.map(x => [x.requested, x.model, span(x.seconds), x.retries]), "Nothing.");
+  table("recent", "The last 20", ["requested", "model", "status", "in", "cached", "out", "cost",
+    "first delta", "all", "retries", "key", "ago"], d.recent.map(x => [x.requested, x.model,
+      x.status, ...(x.model ? [count(x.input), count(x.cached), count(x.output + x.thought),
+        usd(x.cost), ms(x.first_ms), ms(x.total_ms), x.retries, x.key] : Array(8).fill("")),
+      span(Date.now() / 1e3 - x.time)]), "No request in the last hour.");
+  table("models", "Models", ["asked for", "answered by"], Object.entries(d.models), "");
+  const rests = key => Object.entries(key.resting).map(([model, s]) => model + " rests " + span(s));
+  table("keys", "Keys", ["number", "state"], d.keys.map(key => ["key " + key.number,
+    rests(key).join(", ") || "ready"]), "None: clients bring theirs, or none is needed.");
+  const signed = kind => count(d.counters["signatures_total{kind=" + kind + "}"] || 0);
+  table("signatures", "Thought signatures", ["", ""], [["kept", count(d.signatures.entries)],
+    ["bytes", count(d.signatures.bytes)], ["found for a call", signed("hit")],
+    ["brought back by the client", signed("carried")], ["stand-ins", signed("dummy")]], "");
+}
+
+async function refresh() {
+  const token = sessionStorage.getItem("token");
+  let problem = "";
+  try {
+    const headers = {accept: "application/json", ...(token ? {"x-api-key": token} : {})};
+    const answer = await fetch("/", {headers});
+    $("login").hidden = answer.status !== 401;
+    $("main").hidden = !answer.ok;
+    if (answer.ok) show(await answer.json());
+    else problem = answer.status !== 401 ? "The proxy answered " + answer.status + "."
+      : token ? "That token is not right." : "A token is needed.";
+  } catch (error) {
+    problem = "The proxy cannot be reached (" + error.message + ").";
+  }
+  if (problem) $("head").textContent = problem;
+}
+
+$("login").onsubmit = event => {
+  event.preventDefault();
+  sessionStorage.setItem("token", $("token").value);
+  refresh();
+};
+refresh();
+setInterval(refresh, 3000);
+</script></body></html>
+"""
+
+
+# ---- 14. Program ----------------------------------------------------------------------------
 
 class DemoModel:
     """An offline stand-in for Gemini: answers in text, and runs a command that the user asks for.
@@ -4100,6 +4502,12 @@ class DemoModel:
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
         return None
 
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        return {}
+
+    def key_states(self) -> List[Json]:
+        return []
+
     def _check_signatures(self, contents: Sequence[Json]) -> None:
         for content in contents:
             for part in content["parts"]:
@@ -4131,6 +4539,8 @@ class LogLines(logging.Formatter):
             return json.dumps(fields)
         text = super().format(record)
         colour = {logging.WARNING: "33", logging.ERROR: "31"}.get(record.levelno)
+        if getattr(record, "fields", {}).get("status") == 200:
+            colour = "32"
         return "\x1b[%sm%s\x1b[0m" % (colour, text) if colour and self._coloured else text
 
 
@@ -4180,6 +4590,57 @@ def export_lines(values: Mapping[str, str], shell: str) -> str:
     return "\n".join("export %s=%s" % (k, shlex.quote(v)) for k, v in values.items())
 
 
+def hints(server: ProxyServer) -> List[str]:
+    """What would make the proxy safer or more useful, each with the way to it."""
+    config, models = server.config, [resolve_model("claude-" + tier, server.config)
+                                     for tier in ("opus", "sonnet", "haiku")]
+    base = urllib.parse.urlsplit(config.gemini_api_base)
+    found = ["%s shows what is going on; `env` prints what clients need" % server.url]
+    if base.scheme == "http" and not is_loopback(base.hostname or ""):
+        found.append("keys and prompts travel unencrypted to %s" % config.gemini_api_base)
+    if len(config.keys) < 2 and not config.fallback_models and not config.client_keys:
+        found.append("a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions going "
+                     "when a quota is used up")
+    unpriced = sorted({model for model in models if not price_of(model, config, today())})
+    if unpriced:
+        found.append("no price is known for %s, so no cost is shown: PRICES" % ", ".join(unpriced))
+    return found
+
+
+def print_status_line() -> int:
+    """Claude Code's status line: its JSON on stdin -> model, tokens and cost of the session.
+
+    Source: https://code.claude.com/docs/en/statusline (read 2026-11-21).
+    """
+    try:
+        given = dict(json.load(sys.stdin))
+    except (TypeError, ValueError):
+        given = {}
+    url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL", "http://127.0.0.1:8318"),
+                              urllib.parse.quote(str(given.get("session_id")), safe=""))
+    token = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(url, headers={"x-api-key": token}), timeout=2) as r:
+            session = json.load(r).get("session")
+    except (OSError, ValueError, http.client.HTTPException):
+        session = None
+    model = given.get("model")
+    name = str(model.get("display_name")) if isinstance(model, dict) else "claude_gemini_proxy"
+    print(status_line(session) if session else name)
+    return 0
+
+
+def status_line(session: Json) -> str:
+    """The sums of a session as one line."""
+    def short(n: int) -> str:
+        return "%.1fk" % (n / 1000) if n >= 1000 else str(n)
+    tokens = "%s in (%s cached), %s out" % (short(session["input"]), short(session["cached"]),
+                                            short(session["output"] + session["thought"]))
+    return " · ".join([str(session["model"]), tokens]
+                      + (["$%.3f" % session["cost"]] if session["cost"] else []))
+
+
 GRACE_SECONDS = 30.0
 
 
@@ -4199,9 +4660,8 @@ def serve(server: ProxyServer, demo: bool) -> int:
         signal.signal(number, on_signal)
     LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s", __version__,
             server.url, model, config.stream_mode)
-    base = urllib.parse.urlsplit(config.gemini_api_base)
-    if base.scheme == "http" and not is_loopback(base.hostname or "") and not demo:
-        LOG.warning("keys and prompts travel unencrypted to %s", config.gemini_api_base)
+    for hint in hints(server) if not demo else ():
+        LOG.info("hint: %s", hint)
     # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
     gc.set_threshold(20000, 20, 20)
     # glibc learns from this to keep what is freed: 840 page faults less, and 15 %, on 1.1 MB.
@@ -4250,6 +4710,7 @@ def check_setup(server: ProxyServer) -> int:
 
     tiers = {name: resolve_model("claude-" + name, server.config)
              for name in ("opus", "sonnet", "haiku")}
+    step("the upstream is reached and takes the key", lambda: check_reach(server))
     listed = server.upstream.models()
     if listed is not None:
         for model in sorted(set(tiers.values()) | set(server.config.fallback_models)):
@@ -4262,6 +4723,15 @@ def check_setup(server: ProxyServer) -> int:
     server.shutdown()
     server.server_close()
     return 1 if failed else 0
+
+
+def check_reach(server: ProxyServer) -> str:
+    """Ask for the list of models; a gateway may have none."""
+    try:
+        server.upstream.list_models()
+    except ProxyError as error:
+        return "" if error.status in (404, 405, 501) else error.message
+    return ""
 
 
 def check_answer(server: ProxyServer, model: str) -> str:
@@ -4360,6 +4830,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("claude_gemini_proxy needs Python 3.8 or newer", file=sys.stderr)
         return 2
     command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
+    if command == "statusline":
+        return print_status_line()
     try:
         config = command_config(command, flags)
         if command == "env":

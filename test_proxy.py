@@ -1453,6 +1453,39 @@ class State(unittest.TestCase):
                 self.assertEqual(json.loads(made.dump(body)), json.loads(proxy.dump_json(plain)))
                 self.assertIn(json.dumps(plain.get("tools", {}), separators=(",", ":")).encode(), made.dump(body) + b"{}")
 
+    def test_prices_are_those_of_the_day_and_the_prompt(self):
+        usage = {"promptTokenCount": 100000, "cachedContentTokenCount": 40000, "candidatesTokenCount": 1000, "thoughtsTokenCount": 500, "toolUsePromptTokenCount": 100}
+        own = dict(prices=proxy.load_config({}, {"PRICES": "llama*=1/2,x=1/2/0"}).prices)
+        for model, day, changes, settings, expected in (
+                ("gemini-3.8-flash", "2026-12-31", {}, {}, 0.75 * 0.0601 + 0.075 * 0.04 + 3.75 * 0.0015), ("gemini-3.8-flash", "2027-01-01", {}, {}, 1.5 * 0.0601 + 0.15 * 0.04 + 7.5 * 0.0015),
+                ("gemini-3.1-pro-preview-customtools", "2026-11-21", {"promptTokenCount": 200000}, {}, 2 * 0.1601 + 0.2 * 0.04 + 12 * 0.0015),
+                ("gemini-3.1-pro-preview", "2026-11-21", {"promptTokenCount": 200001}, {}, 4 * 0.160101 + 0.4 * 0.04 + 18 * 0.0015),
+                ("gemini-3.8-flash-image", "2026-11-21", {}, {}, None), ("llama-4", "2026-11-21", {}, own, 0.1001 + 0.003), ("x", "2026-11-21", {}, own, 0.0601 + 0.003),
+                ("unknown", "2026-11-21", {"cost": 0.5}, {}, 0.5), ("gemini-3.8-flash", "2026-11-21", {"promptTokenCount": "many", "cachedContentTokenCount": None}, {}, 0.75 * 0.0001 + 3.75 * 0.0015)):
+            with self.subTest(model):
+                cost = proxy.cost_of(dict(usage, **changes), model, proxy.Config(**settings), day)
+                self.assertAlmostEqual(cost or -1, expected or -1, msg=changes)
+        self.assertEqual(proxy.load_config({}, {"PRICES": '{"a": [1, 2, 0.5]}'}).prices, (("a", "", 0, 1.0, 2.0, 0.5),))
+        for value in ("x", "x=1", "x=a/b", "x=1/2/3/4", "=1/2", "x=-1/2", '{"x": 5}', '{"x": [1, null]}', "{"):
+            with self.assertRaisesRegex(ValueError, "PRICES", msg=value):
+                proxy.load_config({}, {"PRICES": value})
+
+    def test_the_last_hour_is_summed_by_minutes(self):
+        now = [10000.0]
+        traffic = proxy.Traffic(lambda: now[0])
+        record = {"status": 200, "requested": "a", "model": "m", "input": 10, "cached": 5, "output": 2, "thought": 1, "cost": 0.5, "first_ms": 3, "total_ms": 4}
+        for minute in (0, 1, 1, 1, 59, 60.5):
+            now[0] = 10000 + minute * 60
+            traffic.add(dict(record, first_ms=3 + minute), "s")
+        traffic.add({"status": 401, "requested": "/v1/messages"})
+        hour = traffic.last_hour()
+        self.assertEqual([(59 - i, m["requests"], m["errors"], m["input"], m["cost"], m["first_ms"]) for i, m in enumerate(hour["minutes"]) if m["requests"]],
+                         [(59, 3, 0, 30, 1.5, 4), (1, 1, 0, 10, 0.5, 62), (0, 2, 1, 10, 0.5, 63.5)])
+        self.assertEqual([r["status"] for r in hour["recent"]], [401] + [200] * 5)
+        self.assertEqual((traffic.spent, traffic.session("s"), traffic.session("t")),
+                         (3.0, {"requests": 6, "input": 60, "cached": 30, "output": 12, "thought": 6, "cost": 3.0, "model": "m"}, None))
+        self.assertEqual(proxy.status_line(dict(traffic.session("s"), input=61234)), "m · 61.2k in (30 cached), 18 out · $3.000")
+
     def test_keys_take_turns_and_rest_by_model(self):
         now = [0.0]
         ring = proxy.KeyRing(["a", "b", "c"], lambda: now[0])
@@ -1617,6 +1650,10 @@ class EndToEnd(unittest.TestCase):
             self.assertEqual(r.ask(request(), **headers)[0], status, headers)
         for path in ("/", "/metrics", "/v1/models", "/test-connection"):
             self.assertEqual(r.send("GET", path)[0], 401, path)
+        status, headers, page = r.send("GET", "/", accept="text/html,*/*")  # it shows nothing before its script has the token
+        self.assertEqual((status, headers["content-type"], b"secret" in page), (200, "text/html; charset=utf-8", False))
+        self.assertIn("default-src 'none'", headers["content-security-policy"])
+        self.assertEqual(set(re.findall(rb"https?://[^/\"']+|//[\w-]+\.\w+|@import|innerHTML|url[(]", page)), {b"http://www.w3.org"})  # the name of SVG
         self.assertEqual((r.send("GET", "/health")[0], r.send("HEAD", "/")[0]), (200, 200))
         self.assertEqual(r.send("GET", "/", x_api_key="wrong")[1]["x-should-retry"], "false")
 
@@ -1690,6 +1727,50 @@ class EndToEnd(unittest.TestCase):
                 self.assertLessEqual(line["first_ms"], line["total_ms"])
             self.assertNotIn("\n", lines[0])
             log.removeHandler(handler)
+
+    def test_the_page_has_what_it_shows(self):
+        r = self.run_proxy()
+        r.ask(request(stream=True), x_claude_code_session_id="one")
+        r.ask(request(model="gemini-9-nope"))
+        r.send("POST", "/v1/messages", b"{")
+        shown = json.loads(r.send("GET", "/?session=one")[2])
+        self.assertEqual([x["status"] for x in shown["recent"]], [400, 404, 200])
+        self.assertEqual(sum(m["errors"] for m in shown["minutes"]), 2)
+        self.assertEqual((shown["keys"], shown["live"], shown["session"]["requests"]), ([{"number": 1, "resting": {}}], [], 1))
+        self.assertGreater(shown["spent_usd"], 0)
+        self.assertAlmostEqual(shown["counters"]["cost_usd_total{model=gemini-3.8-flash}"], shown["spent_usd"])
+        page = r.send("GET", "/", accept="text/html")[2].decode()
+        for field in set(re.findall(r"\bd\.(\w+)", page)):
+            self.assertIn(field, shown)
+        for field in set(re.findall(r"\bx\.(\w+)", page)):
+            self.assertTrue(field in shown["recent"][-1] or field in shown["minutes"][0] or field == "seconds", field)
+        environment = {"ANTHROPIC_BASE_URL": r.server.url, "ANTHROPIC_AUTH_TOKEN": "x"}
+        for given, environ, expected in (({"session_id": "one"}, environment, "gemini-3.8-flash · "), ({"session_id": "two", "model": {"display_name": "Opus"}}, environment, "Opus\n"),
+                                         ({"model": {"display_name": "Opus"}}, {"ANTHROPIC_BASE_URL": "http://127.0.0.1:1"}, "Opus\n")):
+            status, output = child(proxy.__file__, "statusline", input_=json.dumps(given), **environ)
+            self.assertEqual((status, output[:len(expected)]), (0, expected))
+
+    def test_a_budget_ends_with_a_clear_error(self):
+        r = self.run_proxy(budget_usd=0.000001)
+        self.assertEqual(r.ask(request())[0], 200)
+        status, headers, data = r.send("POST", "/v1/messages", request())
+        self.assertEqual((status, headers["x-should-retry"], json.loads(data)["error"]["type"]), (402, "false", "billing_error"))
+        self.assertIn(b"BUDGET_USD=1e-06", data)
+        r = self.run_proxy(budget_usd=5.0, fallback_models=("gemini-9-new",))
+        self.assertIn("the price of gemini-9-new is not known: set PRICES", r.ask(request())[1]["error"]["message"])
+
+    def test_long_requests_may_have_their_own_model(self):
+        r = self.run_proxy(long_context_model="gemini-2.5-pro", long_context_tokens=1000)
+        for model, size, expected in (("claude-opus-5", 100, "gemini-3.8-flash"), ("claude-opus-5", 9000, "gemini-2.5-pro"), ("gemini-3.6-flash", 9000, "gemini-3.6-flash")):
+            r.ask(request("x" * size, model=model))
+            self.assertEqual(r.fake.requests[-1]["model"], expected)
+
+    def test_hints_name_what_is_missing(self):
+        for settings, words in (({}, ["shows", "second key"]), ({"gemini_api_key": "a,b"}, ["shows"]), ({"fallback_models": ("gemini-2.5-pro",), "big_model": "gemini-x"}, ["shows", "no price is known for gemini-x"]),
+                                ({"gemini_api_base": "http://gateway/v1beta", "client_keys": True}, ["shows", "unencrypted"])):
+            found = proxy.hints(self.run_proxy(**dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)).server)
+            self.assertEqual([word in hint for word, hint in zip(words, found)], [True] * len(found), found)
+            self.assertEqual(len(words), len(found))
 
     def test_bodies(self):
         r = self.run_proxy(max_body_bytes=2000)
@@ -1874,7 +1955,7 @@ class Faults(unittest.TestCase):
         self.assertEqual([summary(r.ask(request())[1]) for _ in range(1)], [[("text", "k2")]])
         self.assertEqual(r.ask(request())[0], 400)
         self.assertEqual(summary(r.ask(request(model="gemini-3.6-flash"))[1]), [("text", "k1")])
-        self.assertEqual(list(r.server.upstream.keys.resting()), ["1/gemini-3.8-flash"])
+        self.assertEqual([list(key["resting"]) for key in r.server.upstream.key_states() if key["resting"]], [["gemini-3.8-flash"]])
 
     def test_fallback_models_answer_for_overload_and_not_found(self):
         for trouble in (error_body(503, "Overloaded."), not_found("gemini-3.8-flash", "x")):
@@ -1892,7 +1973,7 @@ class Faults(unittest.TestCase):
                     self.assertTrue(wait_for(lambda: r.fake.requests))
                     time.sleep(0.1)
                 self.assertTrue(wait_for(lambda: not r.server.active, 3), "the thread stays")
-                self.assertEqual((r.server.heartbeat.watched, len(r.fake.requests)), (0, 1 if isinstance(script, list) else 2))
+                self.assertEqual((len(r.server.heartbeat.exchanges()), len(r.fake.requests)), (0, 1 if isinstance(script, list) else 2))
 
     def test_a_client_that_leaves_behind_unread_bytes_or_a_silent_handshake_is_noticed(self):
         listener = socket.create_server(("127.0.0.1", 0))  # accepts, and never says a word
@@ -2192,11 +2273,11 @@ class Signals(unittest.TestCase):
 
 
 # ---- 13. Promises ------------------------------------------------------------------------------------------
-def child(*args, **environment):
+def child(*args, input_="", **environment):
     """Run the program in an empty folder with only this environment -> (status, output)."""
     with tempfile.TemporaryDirectory() as folder:
         environment.setdefault("PATH", "/usr/bin:/bin")
-        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+        done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, input=input_.encode(),
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
     return done.returncode, done.stdout.decode()
 
@@ -2229,7 +2310,7 @@ class Promises(unittest.TestCase):
             names = ", ".join(name for name, _ in proxy.environment_names(row))
             self.assertIn(names, text)
             cells = "| %s | %s | %s |" % (", ".join("`%s`" % name for name, _ in proxy.environment_names(row)), proxy.shown_default(row), row.metadata["help"])
-            self.assertIn(cells, readme)
+            self.assertTrue(cells in readme, cells)
         self.assertIn("### %s" % proxy.__version__, readme)
 
     def test_settings_from_everywhere(self):
