@@ -18,9 +18,9 @@ bytes. `live` reads streamGenerateContent; `replay` asks generateContent, and th
 one chunk into the same emitter. There is no second way from Gemini to Anthropic.
 
 Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request to Gemini,
-6 JSON Schema, 7 answer to Anthropic, 8 wire formats, 9 shared state, 10 upstreams, 11 delivery,
-12 HTTP front end, 13 page, 14 program. Sections 1 to 8 are pure: no I/O, clock, environment or
-random.
+6 JSON Schema, 7 OpenAI, 8 answer to Anthropic, 9 wire formats, 10 shared state, 11 upstreams,
+12 delivery, 13 HTTP front end, 14 page, 15 program. Sections 1 to 9 are pure: no I/O, clock,
+environment or random.
 
 Promises: contacts only the configured upstream; listens on 127.0.0.1 unless told otherwise;
 writes nothing to disk but the log that LOG_FILE names; keeps thought signatures in memory, nothing
@@ -32,6 +32,7 @@ import argparse
 import base64
 import contextlib
 import dataclasses
+import difflib
 import fnmatch
 import functools
 import gc
@@ -144,14 +145,15 @@ PRICES = (
 # https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20).
 STOP_REASONS = MappingProxyType(dict(
     {"": "end_turn", "STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens"},
-    SAFETY="refusal", PROHIBITED_CONTENT="refusal", BLOCKLIST="refusal", SPII="refusal",
+    SAFETY="refusal", REFUSAL="refusal", PROHIBITED_CONTENT="refusal", BLOCKLIST="refusal",
+    SPII="refusal",
     MODEL_ARMOR="refusal", IMAGE_SAFETY="refusal", IMAGE_PROHIBITED_CONTENT="refusal"))
 STOP_NOTES = MappingProxyType({
-    "": "", "STOP": "", "MAX_TOKENS": "", "CONTINUATION": "",
-    "RECITATION": "Gemini stopped this answer: RECITATION (too close to a source).",
-    "MALFORMED_FUNCTION_CALL": "Gemini wrote a tool call that cannot be read. {}",
-    "UNEXPECTED_TOOL_CALL": "Gemini called a tool that was not offered. {}",
-    "MALFORMED_RESPONSE": "Gemini's answer was malformed. {}",
+    "": "", "STOP": "", "MAX_TOKENS": "", "CONTINUATION": "", "REFUSAL": "",
+    "RECITATION": "The model stopped this answer: RECITATION (too close to a source).",
+    "MALFORMED_FUNCTION_CALL": "The model wrote a tool call that cannot be read. {}",
+    "UNEXPECTED_TOOL_CALL": "The model called a tool that was not offered. {}",
+    "MALFORMED_RESPONSE": "The model's answer was malformed. {}",
 })
 # The same enum by number, as `$alt=json;enum-encoding=int` sends it (recorded).
 FINISH_REASON_NAMES = ("", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE",
@@ -270,10 +272,16 @@ def invalid(message: str) -> ProxyError:
 
 # What looks like a key of Google's or of another provider's; upstreams quote them in errors.
 SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
+# Gemini's; OpenAI's, OpenRouter's and vLLM's; llama.cpp's
 _OVERFLOW = re.compile(
-    r"input token count\D*?(?:\((\d{1,15})\) )?exceeds the maximum number of tokens allowed"
-    r"\D*(\d{1,15})")
-_RETRY_IN = re.compile(r"retry in (?:(\d{1,4})h)?(?:(\d{1,4})m(?!s))?(\d{1,9}(?:\.\d+)?)(ms|s)")
+    r"input token count\D*?(?:\((?P<tokens1>\d{1,15})\) )?exceeds the maximum number of tokens "
+    r"allowed\D*(?P<limit1>\d{1,15})"
+    r"|(?:maximum context length|configured limit)\D{1,20}?(?P<limit2>\d{1,15}) tokens"
+    r"(?:\D{1,80}?(?P<tokens2>\d{1,15}))?"
+    r"|request \((?P<tokens3>\d{1,15}) tokens\) exceeds the available context size "
+    r"\((?P<limit3>\d{1,15})")
+_RETRY_IN = re.compile(r"(?:re)?try (?:again )?in (?:(\d{1,4})h)?(?:(\d{1,4})m(?!s))?"
+                       r"(\d{1,9}(?:\.\d+)?)(ms|s)")
 _MARKUP = re.compile(r"(?s)<(style|script|title)\b.*?</\1>|<[^>]+>")
 _BAD_IMAGE = re.compile(r"(?i)input image|image (?:is )?not valid|source image|thumbnailer")
 _BAD_PDF = re.compile(r"(?i)document has no pages|invalid pdf|process (?:the )?(?:pdf|document)")
@@ -295,10 +303,10 @@ def google_error(raw: Any) -> Json:
     return error if isinstance(error, dict) else {"message": str(error or "")}
 
 
-def upstream_error(status: int, raw: Any, model: str = "",
-                   keys: Sequence[str] = ()) -> ProxyError:
+def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] = (),
+                   house: str = "Gemini", setting: str = "GEMINI_API_KEY") -> ProxyError:
     """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError, without
-    the keys that upstream may quote.
+    the keys that upstream may quote. `house` is whose error it is, `setting` has its key.
 
     Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recorded
     bodies.
@@ -310,20 +318,22 @@ def upstream_error(status: int, raw: Any, model: str = "",
     message = SECRETS.sub("[key]", message)[:400]
     details = _dicts(error.get("details"))
     if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
-        return ProxyError(403, "The upstream refused the key: %s (see GEMINI_API_KEY in the README)"
-                          % message,
-                          should_retry=False)
+        return ProxyError(403, "The upstream refused the key: %s (see %s in the README)"
+                          % (message, setting), should_retry=False)
+    if status == 402:
+        return ProxyError(402, "%s wants to be paid: %s" % (house, message), should_retry=False)
     if status == 404:
         return ProxyError(404, "model: %s" % model if model else message)
     if status == 429:
-        return _quota_error(message, details)
+        return _quota_error(message, details, house, str(error.get("code")))
     if status in (502, 503, 529):
-        return ProxyError(529, "Gemini is overloaded: %s" % message, transient=True)
+        return ProxyError(529, "%s is overloaded: %s" % (house, message), transient=True)
     if status in (408, 499, 504):
-        return ProxyError(504, "Gemini did not answer in time: %s" % message, transient=True)
-    if status >= 500 and status != 501:
-        return ProxyError(500, "Gemini answered %d: %s" % (status, message), transient=True)
-    return _refusal(status, message, str(details))
+        return ProxyError(504, "%s did not answer in time: %s" % (house, message), transient=True)
+    overflow = _OVERFLOW.search(message)
+    if status >= 500 and status != 501 and not overflow:
+        return ProxyError(500, "%s answered %d: %s" % (house, status, message), transient=True)
+    return _refusal(status, message, str(details), overflow, house)
 
 
 def _dicts(value: Any) -> List[Json]:
@@ -331,22 +341,22 @@ def _dicts(value: Any) -> List[Json]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _refusal(status: int, message: str, details: str) -> ProxyError:
+def _refusal(status: int, message: str, details: str, overflow: Any, house: str) -> ProxyError:
     """A 400 in the wording that Anthropic's clients act on: they compact, or drop the medium."""
-    overflow = _OVERFLOW.search(message)
     if overflow:
-        limit = int(overflow.group(2))
-        tokens = int(overflow.group(1) or limit + 1)
+        found = overflow.groupdict()
+        limit = int(next(v for k, v in found.items() if k.startswith("limit") and v))
+        tokens = next((int(v) for k, v in found.items() if k.startswith("tokens") and v), limit + 1)
         return ProxyError(400, "prompt is too long: %d tokens > %d maximum" % (tokens, limit))
     if _BAD_IMAGE.search(message + details):
         return ProxyError(400, "could not process image: %s" % message)
     if _BAD_PDF.search(message):
         return ProxyError(400, "could not process pdf: %s" % message)
     return ProxyError(status if status in ERROR_TYPES else 400,
-                      "Gemini answered %d: %s" % (status, message))
+                      "%s answered %d: %s" % (house, status, message))
 
 
-def _quota_error(message: str, details: Sequence[Json]) -> ProxyError:
+def _quota_error(message: str, details: Sequence[Json], house: str, code: str) -> ProxyError:
     """A 429: short waits become retry-after; with a daily quota or a limit of 0 waiting is no use.
 
     RetryInfo is misleading on daily quotas (hours, and still blocked after), so it is not passed
@@ -361,10 +371,11 @@ def _quota_error(message: str, details: Sequence[Json]) -> ProxyError:
     if limits == {"0"}:
         return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
                           should_retry=False)
-    if "PerDay" in quota_ids or "Daily" in quota_ids or "per day" in message:
+    if ("PerDay" in quota_ids or "Daily" in quota_ids or code == "insufficient_quota"
+            or re.search("per.day", message)):
         return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
                           should_retry=False)
-    return ProxyError(429, "Gemini's rate limit: %s" % message,
+    return ProxyError(429, "%s's rate limit: %s" % (house, message),
                       retry_after=_retry_delay(message, details) or 10)
 
 
@@ -380,6 +391,15 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
     hours, minutes, amount, unit = found.groups()
     seconds = float(amount) / (1000 if unit == "ms" else 1)
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + seconds
+
+
+@contextlib.contextmanager
+def _known_form() -> Iterator[None]:
+    """Chunks are taken as documented; what breaks on one that is not becomes one clear error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
+        raise ProxyError(500, "The upstream's answer has an unknown form: %s" % exc) from exc
 
 
 # ---- 3. Settings (pure) ---------------------------------------------------------------------
@@ -450,6 +470,10 @@ def _one_of(value: str, *allowed: str) -> str:
 
 def _auth_type(value: str) -> str:
     return _one_of(value, "api-key", "bearer")
+
+
+def _upstream(value: str) -> str:
+    return _one_of(value, "gemini", "openai", "openrouter", "anthropic")
 
 
 def _stream_mode(value: str) -> str:
@@ -527,6 +551,8 @@ def _replay_if_true(value: str) -> str:
 
 
 GEMINI_BASE = "https://generativelanguage.googleapis.com/v1beta"
+OPENROUTER_BASE, OPENAI_BASE = "https://openrouter.ai/api/v1", "https://api.openai.com/v1"
+ANTHROPIC_BASE = "https://api.anthropic.com"
 
 
 @dataclass(frozen=True)
@@ -553,6 +579,18 @@ class Config:
     gemini_token_command: str = field(default="", repr=False, metadata=dict(
         parse=_text, secret=True, dotenv=False,
         help="command that prints a bearer token; run without a shell, again after a 401"))
+    upstream: str = field(default="", metadata=dict(
+        parse=_upstream, help="gemini, openai, openrouter or anthropic, for names that say nothing "
+                              "else (empty: the first of them that has a key)"))
+    openrouter_api_key: str = field(default="", repr=False, metadata=dict(
+        parse=_secret, secret=True, help="OpenRouter key, or several separated by commas"))
+    openai_api_key: str = field(default="", repr=False, metadata=dict(
+        parse=_secret, secret=True, help="key of the OpenAI-compatible server, or several"))
+    openai_api_base: str = field(default="", metadata=dict(
+        parse=_base_url, help="an OpenAI-compatible server, with its version (empty: OpenRouter's "
+                              "with an OpenRouter key alone, else https://api.openai.com/v1)"))
+    anthropic_api_key: str = field(default="", repr=False, metadata=dict(
+        parse=_secret, secret=True, help="Anthropic's own, for anthropic/ models as they are"))
     host: str = field(default="127.0.0.1", metadata=dict(
         parse=_text,
         also=(("PROXY_LISTEN_ADDR", lambda address: _host_port(address)[0]),),
@@ -633,6 +671,29 @@ class Config:
     @property
     def keys(self) -> Tuple[str, ...]:
         return _names(self.gemini_api_key)
+
+    @property
+    def upstreams(self) -> Tuple[str, ...]:
+        """Those that are configured, the first one for names that say nothing else."""
+        found = [name for name, has in (
+            ("gemini", self.keys or self.gemini_token_command or self.client_keys),
+            ("openrouter", self.openrouter_api_key),
+            ("openai", self.openai_api_key or (self.openai_api_base
+                                               and not self.openrouter_api_key)),
+            ("anthropic", self.anthropic_api_key)) if has]
+        wanted = self.upstream
+        if wanted == "openai" and "openai" not in found and "openrouter" in found:
+            wanted = "openrouter"
+        first = [wanted] if wanted else found[:1] or ["gemini"]
+        return tuple(first + [name for name in found if name not in first])
+
+    def base(self, upstream: str) -> str:
+        """The URL of an upstream, with its version."""
+        if upstream == "openrouter":
+            own = self.openai_api_base if "openai" not in self.upstreams else ""
+            return own or OPENROUTER_BASE
+        return {"gemini": self.gemini_api_base, "anthropic": ANTHROPIC_BASE}.get(
+            upstream, self.openai_api_base or OPENAI_BASE)
 
 
 def environment_names(row: dataclasses.Field) -> List[Tuple[str, Callable[[str], Any]]]:
@@ -720,9 +781,13 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
     """
     values = {}
     names = {row.name: environment_names(row) for row in dataclasses.fields(Config)}
-    if any(dotenv.get(name) for name, _ in names["gemini_api_base"]) and any(
-            environ.get(name) for name, _ in names["gemini_api_key"][:-1]):
-        raise ValueError("GEMINI_API_BASE is in .env, but the key is not: put both in one place")
+    for base, *keys in (("gemini_api_base", "gemini_api_key"),
+                        ("openai_api_base", "openai_api_key", "openrouter_api_key")):
+        if any(dotenv.get(name) for name, _ in names[base]) and any(
+                environ.get(name) for key in keys for name, read in names[key]
+                if read is not _gemini_key_only):
+            raise ValueError("%s is in .env, but the key is not: put both in one place"
+                             % base.upper())
     for row in dataclasses.fields(Config):
         sources = [("--" + row.name.replace("_", "-"), flags.get(row.name), _text)]
         name = row.name.upper()
@@ -751,35 +816,75 @@ _MILLION_MARK = re.compile(r"(?i)(\s*\[1m\])+$")
 _OWN_NAME = re.compile(
     r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma)-.+|tunedModels/.+)$")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
+_VENDOR_NAME = re.compile(r"(?:claude-)?((~?[A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w./@:-]*))$")
+# What BIG_MODEL and SMALL_MODEL are where nobody sets them. "default" is a server's only model.
+# https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
+TIER_DEFAULTS = MappingProxyType({
+    "openrouter": ("~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"),
+    "openai": ("default", "default")})
 
 
 def resolve_model(requested: str, config: Config) -> str:
-    """The Gemini model that answers for a requested name. Unknown names get the default: lists of
-    Claude's names age in weeks. Raises ProxyError 404 for names that could leave the URL's path."""
+    """The model that answers for a requested name: a Gemini model, or upstream/model.
+
+    Unknown names get the default: lists of Claude's names age in weeks. Raises ProxyError 404 for
+    names that could leave the URL's path, and for upstreams that are not configured.
+    """
     name = _MILLION_MARK.sub("", requested.strip())
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
     target = config.anthropic_model or next(mapped, "")
     if not target:
-        target = name if _OWN_NAME.match(name) else tier_model(name.lower(), config)
-    return own_name(target)
+        is_own = _OWN_NAME.match(name) or (_VENDOR_NAME.match(name)
+                                           and config.upstreams != ("gemini",))
+        target = name if is_own else tier_model(name, config)
+    return full_name(target, config)
 
 
 def tier_model(name: str, config: Config) -> str:
     """The model configured for a tier of Claude's, by a word in the requested name."""
-    big = config.big_model or config.default_gemini_model
-    tiers = (("haiku", config.small_model), ("opus", config.opus_model or big),
+    upstream, tier = config.upstreams[0], name.lower()
+    if upstream == "anthropic" and not config.big_model:
+        return "anthropic/" + name
+    big, small = TIER_DEFAULTS.get(upstream, (config.default_gemini_model, config.small_model))
+    big = config.big_model or big
+    if config.small_model != Config.small_model:
+        small = config.small_model
+    tiers = (("haiku", small), ("opus", config.opus_model or big),
              ("sonnet", config.sonnet_model or big))
-    default = big if _CLAUDE_NAME.search(name) else config.default_gemini_model
-    return next((model for word, model in tiers if word in name), default)
+    default = config.default_gemini_model if upstream == "gemini" else big
+    return next((model for word, model in tiers if word in tier),
+                big if _CLAUDE_NAME.search(tier) else default)
 
 
-def own_name(target: str) -> str:
-    """A target model as the upstream's URL has it: without `models/`, `claude-` or `[1m]`."""
-    found = _OWN_NAME.match(target)
-    name = _MILLION_MARK.sub("", found.group(1) if found else target)
+def full_name(target: str, config: Config) -> str:
+    """A target as upstream/model, Gemini's without its upstream: models/gemini-x -> gemini-x."""
+    name = _MILLION_MARK.sub("", target)
+    vendor_name, own = _VENDOR_NAME.match(name), _OWN_NAME.match(name)
+    whole, vendor, rest = vendor_name.groups() if vendor_name else (name, "", name)
+    there = config.upstreams
+    if vendor in ("openrouter", "openai") and vendor in there:
+        return whole
+    if vendor == "openrouter":
+        raise ProxyError(404, "model: %s needs OPENROUTER_API_KEY" % name[:200])
+    if vendor not in ("", "models", "gemini", "tunedModels") and "openrouter" in there:
+        return "openrouter/" + whole
+    if vendor == "anthropic" and vendor in there:
+        return whole
+    if own and "gemini" in there:
+        name = own.group(1)
+    elif there[0] != "gemini":
+        return "%s/%s" % (there[0], rest if vendor == there[0] else whole)
     if not _MODEL_NAME.fullmatch(name):
         raise ProxyError(404, "model: %s" % target[:200])
     return name
+
+
+def split_name(target: str) -> Tuple[str, str]:
+    """A full name -> (upstream, what that upstream calls the model)."""
+    upstream, _, model = target.partition("/")
+    if upstream in ("openrouter", "openai", "anthropic"):
+        return upstream, model
+    return "gemini", target
 
 
 def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
@@ -929,12 +1034,17 @@ class Call(NamedTuple):
     name: str
 
 
+_FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
+
+
 class History:
     """What one pass over `messages` collects. `calls` and `carried` belong to the turn in hand."""
 
-    def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]]) -> None:
+    def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]],
+                 names: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
         self.lookup = lookup
+        self.names = names                        # how the upstream takes tools' names
         self.session = ""                         # what its first text is, as a hash
         self.signatures: Counter = Counter()
         self.loaded: Dict[str, bool] = {}         # tool name -> offered (True) or withdrawn (False)
@@ -944,13 +1054,16 @@ class History:
         self.calls: List[Call] = []
         self.carried = ""
 
+    def takes(self, signature: str) -> bool:
+        """Whether a signature comes from this kind of upstream; another one would refuse it."""
+        return signature.startswith(OPENAI_MARK) == (self.rule is OPENAI_RULE)
+
 
 # (role, [((index of the message, index of the block), block), ...])
 Turn = Tuple[str, List[Tuple[Tuple[int, int], Json]]]
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 NO_RESULT = "no result (interrupted)"
 CONTINUE = "Continue."
-_FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
@@ -969,8 +1082,7 @@ def to_gemini(request: Json, model: str, config: Config,
     history = History(rule, lookup)
     notes: List[str] = []
     system, turns = to_turns(request, history)
-    first_texts = (block.get("text") for _, blocks in turns[:1] for _, block in blocks)
-    history.session = short_hash(str(next(first_texts, ""))[:4000])
+    history.session = session_hash(turns)
     contents = to_contents(turns, history)
     tools = offered_tools(request, history)
     functions, built_in = gemini_tools(tools, rule, notes, declare or declaration)
@@ -1031,6 +1143,12 @@ def to_turns(request: Json, history: History) -> Tuple[List[str], List[Turn]]:
         elif placed:
             turns.append((role, placed))
     return system, turns
+
+
+def session_hash(turns: Sequence[Turn]) -> str:
+    """What tells one conversation from another: its first text."""
+    first_texts = (block.get("text") for _, blocks in turns[:1] for _, block in blocks)
+    return short_hash(str(next(first_texts, ""))[:4000])
 
 
 def system_message(message: Json, blocks: List[Json], later: Sequence[Any], leads: bool,
@@ -1217,7 +1335,7 @@ def model_text_parts(block: Json, history: History) -> List[Json]:
     """Text of an earlier answer, with the signature that came with it."""
     parts = text_parts(block, history)
     signature = history.lookup(text_key(parts[0]["text"], history.session)) if parts else None
-    if signature:
+    if signature and history.takes(signature):
         parts[0]["thoughtSignature"] = signature
     return parts
 
@@ -1236,7 +1354,7 @@ def thinking_parts(block: Json, history: History) -> List[Json]:
     if signature.startswith(CALL_MARK):
         history.carried = signature[len(CALL_MARK):]
     own = signature[len(THOUGHT_MARK):] if signature.startswith(THOUGHT_MARK) else ""
-    if own and isinstance(block.get("thinking"), str) and is_base64(own):
+    if own and isinstance(block.get("thinking"), str) and is_base64(own) and history.takes(own):
         return [{"text": block["thinking"], "thought": True, "thoughtSignature": own}]
     return []
 
@@ -1253,31 +1371,41 @@ def tool_use_parts(block: Json, history: History) -> List[Json]:
     tool_use_id = expect(block.get("id") or "", (str,), ".id")
     args = block.get("input")
     args = args if isinstance(args, dict) else {} if args is None else {"value": args}
-    call = Call(tool_use_id, call_id(tool_use_id, history.calls), gemini_name(name))
+    call = Call(tool_use_id, call_id(tool_use_id, history), short_name(name, history.names))
     history.calls.append(call)
     history.loaded.setdefault(name, True)
     part = {"functionCall": {"id": call.gemini_id, "name": call.name, "args": args}}
     kept = history.lookup(tool_use_id) if tool_use_id else None
     carried, history.carried = history.carried, ""
-    if kept:
+    if kept and history.takes(kept):
         part["thoughtSignature"] = kept
         history.signatures["hit"] += 1
-    elif carried and is_base64(carried):
+    elif carried and is_base64(carried) and history.takes(carried):
         part["thoughtSignature"] = carried
         history.signatures["carried"] += 1
     return [part]
 
 
-def call_id(tool_use_id: str, calls: Sequence[Call]) -> str:
-    """The id of a call for Gemini: the client's where it is plain, else a short stable one."""
+def call_id(tool_use_id: str, history: History) -> str:
+    """The id of a call for the upstream: its own where ours holds it, else the client's where that
+    is plain, else a short stable one."""
+    own = _OPENAI_ID.fullmatch(tool_use_id) if history.rule is OPENAI_RULE else None
     plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
-    taken = calls and any(call.gemini_id == plain for call in calls)
-    return "%s_%d" % (plain, len(calls)) if taken else plain
+    if own:
+        with contextlib.suppress(ValueError):  # somebody else's, then
+            padded = own.group(1) + "=" * (-len(own.group(1)) % 4)
+            plain = base64.urlsafe_b64decode(padded).decode("utf-8")
+    taken = history.calls and any(call.gemini_id == plain for call in history.calls)
+    return "%s_%d" % (plain, len(history.calls)) if taken else plain
 
 
 def gemini_name(name: str) -> str:
-    """A tool's name as Gemini takes it: itself, or a stable alias that ends in a hash of it."""
-    if _FUNCTION_NAME.fullmatch(name):
+    return short_name(name, _FUNCTION_NAME)
+
+
+def short_name(name: str, allowed: Any) -> str:
+    """A tool's name as the upstream takes it: itself, or a stable alias that ends in its hash."""
+    if allowed.fullmatch(name):
         return name
     return "%s_%s" % (re.sub(r"[^A-Za-z0-9_]|^(?![A-Za-z_])", "_", name)[:47], short_hash(name))
 
@@ -1491,8 +1619,8 @@ def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
         else:
             notes.append("left out the tool %s: type %s is not known" % (tool["name"], kind))
     if functions and built_in and rule.generation < 3:
-        notes.append("left out %s: %s* takes it only without functions"
-                     % (", ".join(built_in), rule.prefixes[0]))
+        notes.append("left out %s: the model takes it only without functions"
+                     % ", ".join(built_in))
         built_in = []
     return functions, built_in
 
@@ -1947,16 +2075,362 @@ def with_dummy_signatures(body: Json) -> Json:
     return dict(body, contents=contents)
 
 
-# ---- 7. Gemini answer -> Anthropic events (pure) --------------------------------------------
+# ---- 7. OpenAI chat completions, as another Gemini (pure) -----------------------------------
 
-@contextlib.contextmanager
-def _known_form() -> Iterator[None]:
-    """Chunks are taken as documented; what breaks on one that is not becomes one clear error."""
+# https://platform.openai.com/docs/api-reference/chat, https://openrouter.ai/docs (both read
+# 2026-11-21), and recorded exchanges. What such an upstream wants back with a tool call (encrypted
+# reasoning, its own id of the call) is kept like a thought signature, as base64 behind a mark.
+OPENAI_RULE = ModelRule(("",), 0, (), (0, 0), True)
+OPENAI_MARK = "openai-"
+_OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
+OPENAI_FINISH = MappingProxyType({"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP",
+                                  "function_call": "STOP", "content_filter": "SAFETY"})
+OPENAI_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none"})
+
+
+def to_openai(request: Json, model: str, config: Config,
+              lookup: Callable[[str], Optional[str]] = lambda key: None,
+              declare: Optional[Callable[[Json], Json]] = None,
+              dialect: str = "other") -> Translation:
+    """Translate a checked Messages request into a chat.completions body.
+
+    The history is repaired as for Gemini: it is made from the same contents. `dialect` is
+    openrouter, openai (OpenAI's own server) or other. Otherwise as to_gemini.
+    """
+    history = History(OPENAI_RULE, lookup, _OPENAI_NAME)
+    notes: List[str] = []
+    system, turns = to_turns(request, history)
+    history.session = session_hash(turns)
+    contents = to_contents(turns, history)
+    functions, built_in = gemini_tools(offered_tools(request, history), OPENAI_RULE, notes,
+                                       declare or declaration)
+    names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
+    limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
+    body: Json = {"model": model, "messages": openai_messages(system, contents, dialect),
+                  "max_completion_tokens" if dialect == "openai" else "max_tokens": limit}
+    if functions:
+        body["tools"] = [{"type": "function", "function": {
+            "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
+            "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
+        body.update(openai_choice(request.get("tool_choice") or {}, names))
+    elif built_in == ["googleSearch"] and dialect == "openrouter":
+        body["plugins"] = [{"id": "web"}]
+    elif built_in:
+        notes.append("left out %s: this upstream has no such tool" % ", ".join(built_in))
+    thinking, fields = openai_reasoning(request, history.effort, dialect)
+    body.update(fields, **openai_sampling(request, dialect))
+    if dialect == "openai":
+        body["prompt_cache_key"] = history.session
+    if dialect == "openrouter" and "anthropic/" in model:
+        mark_cache(body["messages"])
+    return Translation(
+        body, names, {tool["name"]: tool.get("input_schema") for _, tool in functions},
+        history.session, thinking,
+        bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use")),
+        history.signatures, notes, history.media, history.media_bytes)
+
+
+def openai_messages(system: Sequence[str], contents: Sequence[Json], dialect: str) -> List[Json]:
+    """System texts and Gemini contents -> messages; tool results directly follow their calls."""
+    messages: List[Json] = []
+    if system:
+        messages.append({"role": "system", "content": "\n\n".join(system)})
+    for content in contents:
+        if content["role"] == "model":
+            messages.append(openai_assistant(content["parts"]))
+        else:
+            messages += openai_user(content["parts"], dialect)
+    return messages
+
+
+def openai_assistant(parts: Sequence[Json]) -> Json:
+    """Parts of a model turn -> one message; without text it has no `content`, null is refused."""
+    message: Json = {"role": "assistant"}
+    texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
+    calls = []
+    for part in parts:
+        kept = kept_fields(part.get("thoughtSignature") or "")
+        call = part.get("functionCall")
+        if call:
+            calls.append({"id": call["id"], "type": "function", "function": {
+                "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
+            calls[-1].update((k, kept.pop(k)) for k in ("extra_content",) if k in kept)
+        message.update(kept)
+    if texts or not calls:
+        message["content"] = "\n\n".join(texts)
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+def openai_user(parts: Sequence[Json], dialect: str) -> List[Json]:
+    """Parts of a user turn -> its tool messages, then one user message with all the rest."""
+    messages: List[Json] = []
+    rest: List[Json] = []
+    for part in parts:
+        response = part.get("functionResponse")
+        if response:
+            (kind, text), = response["response"].items()
+            messages.append({"role": "tool", "tool_call_id": response["id"],
+                             "content": "Error: " + text if kind == "error" else text})
+        else:
+            rest.append(openai_part(part, dialect))
+    if any(part["type"] != "text" for part in rest):
+        messages.append({"role": "user", "content": rest})
+    elif rest:  # small servers' templates take nothing but strings
+        messages.append({"role": "user", "content": "\n\n".join(part["text"] for part in rest)})
+    return messages
+
+
+def openai_part(part: Json, dialect: str) -> Json:
+    """A text, image or PDF as a part of a user message; PDFs as a note where nobody takes them."""
+    if "text" in part:
+        return {"type": "text", "text": part["text"]}
+    inline, file = part.get("inlineData") or {}, part.get("fileData") or {}
+    mime = str(inline.get("mimeType") or file.get("mimeType"))
+    url = file.get("fileUri") or "data:%s;base64,%s" % (mime, inline.get("data"))
+    if mime.startswith("image/"):
+        return {"type": "image_url", "image_url": {"url": url}}
+    if dialect != "other":
+        return {"type": "file", "file": {"filename": "document.pdf", "file_data": url}}
+    shown = file.get("fileUri") or "%d bytes" % (len(inline.get("data") or "") * 3 // 4)
+    return {"type": "text", "text": "[A document (%s, %s) that this server cannot read.]"
+                                    % (mime, shown)}
+
+
+def kept_fields(signature: str) -> Json:
+    """What `kept_signature` has put into a signature; {} for one of another upstream."""
+    if not signature.startswith(OPENAI_MARK):
+        return {}
     try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
-        raise ProxyError(500, "Gemini's answer has an unknown form: %s" % exc) from exc
+        kept = json.loads(base64.urlsafe_b64decode(signature[len(OPENAI_MARK):]))
+    except ValueError:
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
+
+def kept_signature(fields: Json) -> str:
+    """Fields of an assistant message that must come back with it, as a signature."""
+    return OPENAI_MARK + base64.urlsafe_b64encode(dump_json(fields)).decode("ascii")
+
+
+def openai_choice(choice: Json, names: Mapping[str, str]) -> Json:
+    """tool_choice -> fields of the body; a choice that names no offered tool leaves all free."""
+    function_calling(choice, {})  # for its checks
+    fields: Json = {}
+    kind, name = choice.get("type"), short_name(str(choice.get("name")), _OPENAI_NAME)
+    if kind == "tool" and name in names:
+        fields["tool_choice"] = {"type": "function", "function": {"name": name}}
+    elif kind in OPENAI_CHOICES:
+        fields["tool_choice"] = OPENAI_CHOICES[kind]
+    if choice.get("disable_parallel_tool_use"):
+        fields["parallel_tool_calls"] = False
+    return fields
+
+
+def openai_reasoning(request: Json, message_effort: str, dialect: str) -> Tuple[str, Json]:
+    """thinking and effort -> ("", "shown" or "omitted", fields of the body)"""
+    thinking = request.get("thinking") or {}
+    off = thinking.get("type", "disabled") == "disabled"
+    mode = "" if off else "omitted" if thinking.get("display") == "omitted" else "shown"
+    effort = message_effort or (request.get("output_config") or {}).get("effort")
+    level = EFFORT_LEVELS.get(effort, "").lower() if isinstance(effort, str) else ""
+    budget = thinking.get("budget_tokens")
+    if dialect != "openrouter":
+        return mode, {"reasoning_effort": level} if level and not off else {}
+    if off:
+        return mode, {"reasoning": {"enabled": False}}
+    if level or not isinstance(budget, int):
+        return mode, {"reasoning": {"effort": level} if level else {"enabled": True}}
+    return mode, {"reasoning": {"max_tokens": budget}}
+
+
+def openai_sampling(request: Json, dialect: str) -> Json:
+    """Sampling, stops and the form of the answer."""
+    fields = {target: request[name] for name, target in (
+        ("temperature", "temperature"), ("top_p", "top_p"), ("stop_sequences", "stop"))
+        if request.get(name) not in (None, [])}
+    if request.get("top_k") is not None and dialect != "openai":
+        fields["top_k"] = request["top_k"]
+    _, answer = answer_format(request, False, OPENAI_RULE)
+    if answer:
+        fields["response_format"] = {"type": "json_schema", "json_schema": {
+            "name": "answer", "schema": answer["responseJsonSchema"]}}
+    return fields
+
+
+def mark_cache(messages: List[Json]) -> None:
+    """Anthropic's models cache only up to a mark: one behind the system prompt, one at the end."""
+    last = next((m for m in reversed(messages) if m["role"] == "user"), None)
+    for message in [m for m in messages[:1] if m["role"] == "system"] + ([last] if last else []):
+        if isinstance(message["content"], str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        message["content"][-1]["cache_control"] = {"type": "ephemeral"}
+
+
+class ChunksFromOpenAI:
+    """Turns the chunks of one chat.completion, or a whole one, into Gemini-shaped chunks.
+
+    Text and reasoning go on at once; calls when all of them are there, as their pieces may come
+    mixed and what must come back with them may come last.
+    """
+
+    def __init__(self) -> None:
+        self._calls: List[Json] = []
+        self._by_index: Dict[Any, Json] = {}
+        self._kept: Json = {}
+        self._refuses = False
+
+    def feed(self, chunk: Json) -> Json:
+        with _known_form():
+            return self._feed(chunk)
+
+    def end(self) -> List[Json]:
+        """What is left when the stream ends without a finish_reason."""
+        return [{"candidates": [{"content": {"parts": self._take_calls()[0]}}]}]
+
+    def _feed(self, chunk: Json) -> Json:
+        choice = next((c for c in chunk.get("choices") or () if not c.get("index")), {})
+        delta = choice.get("delta") or choice.get("message") or {}
+        parts = self._reasoning(delta)
+        parts += [{"text": text} for text in openai_texts(delta.get("content"))]
+        parts += [{"fileData": {"mimeType": "image", "fileUri": image["image_url"]["url"]}}
+                  for image in delta.get("images") or ()]
+        for call in delta.get("tool_calls") or ():
+            self._tool_call(call)
+        finish = choice.get("finish_reason") or ""
+        reason = OPENAI_FINISH.get(finish, finish.upper())
+        if delta.get("refusal"):
+            parts.append({"text": delta["refusal"]})
+            self._refuses = True
+        if self._refuses and finish:
+            reason = "REFUSAL"
+        candidate: Json = {}
+        if finish:
+            calls, malformed = self._take_calls()
+            parts += calls
+            if malformed and reason != "MAX_TOKENS":
+                reason, candidate["finishMessage"] = "MALFORMED_FUNCTION_CALL", malformed
+        candidate["content"] = {"parts": parts}
+        candidate.update({"finishReason": reason} if reason else {})
+        sources = openai_sources(delta.get("annotations") or ())
+        candidate.update({"groundingMetadata": sources} if sources else {})
+        usage = openai_usage(chunk.get("usage") or {})
+        return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
+
+    def _reasoning(self, delta: Json) -> List[Json]:
+        """Reasoning -> thought parts, and what of it has to come back."""
+        details = delta.get("reasoning_details") or []
+        text = delta.get("reasoning") or delta.get("reasoning_content") or "".join(
+            detail.get("text") or detail.get("summary") or "" for detail in details)
+        if details:
+            join_details(self._kept.setdefault("reasoning_details", []), details)
+        elif delta.get("reasoning_content"):
+            self._kept["reasoning_content"] = self._kept.get("reasoning_content", "") + text
+        return [{"text": text, "thought": True}] if text else []
+
+    def _tool_call(self, delta: Json) -> None:
+        """Add a piece of a call: by its index, unless an id or a name shows that it is another."""
+        function = delta.get("function") or {}
+        id_, name = delta.get("id") or "", function.get("name") or ""
+        call = self._by_index.get(delta.get("index"))
+        if call is None or (id_ and call["id"] and id_ != call["id"]):
+            call = {"id": id_, "name": "", "arguments": "", "extra": None}
+            self._calls.append(call)
+            self._by_index[delta.get("index")] = call
+        call["id"], call["name"] = call["id"] or id_, call["name"] or name
+        arguments = function.get("arguments") or ""
+        call["arguments"] += (arguments if isinstance(arguments, str)
+                              else dump_json(arguments).decode("ascii"))
+        call["extra"] = delta.get("extra_content") or call["extra"]
+
+    def _take_calls(self) -> Tuple[List[Json], str]:
+        """-> (the calls as parts, what is wrong with one that cannot be read)"""
+        calls, self._calls, self._by_index = self._calls, [], {}
+        parts: List[Json] = []
+        malformed = ""
+        for call in calls:
+            args = openai_arguments(call["arguments"])
+            if args is None or not call["name"]:
+                malformed = "%s: %s" % (call["name"], call["arguments"][:200])
+                continue
+            part: Json = {"functionCall": {"name": call["name"], "args": args}}
+            if call["id"]:
+                part["callId"] = base64.urlsafe_b64encode(
+                    call["id"][:200].encode("utf-8", "replace")).decode("ascii").rstrip("=")
+            kept = dict(self._kept) if not parts else {}
+            kept.update({"extra_content": call["extra"]} if call["extra"] else {})
+            part.update({"thoughtSignature": kept_signature(kept)} if kept else {})
+            parts.append(part)
+        if not calls and self._kept.get("reasoning_details"):
+            parts.append({"text": "", "thoughtSignature": kept_signature(self._kept)})
+        self._kept = {}
+        return parts, malformed
+
+
+def openai_texts(content: Any) -> List[str]:
+    """The texts of a delta's `content`: a string, a list of parts, or null."""
+    if isinstance(content, list):
+        return [part["text"] for part in content if part.get("type") == "text" and part["text"]]
+    return [content] if content else []
+
+
+def openai_arguments(text: str) -> Optional[Json]:
+    """A call's arguments; {} if there are none, None if they cannot be read."""
+    try:
+        args = json.loads(text) if text.strip() else {}
+        args = json.loads(args) if isinstance(args, str) else args
+    except (ValueError, RecursionError):
+        return None
+    return args if isinstance(args, dict) else {} if args is None else None
+
+
+def join_details(kept: List[Json], details: Sequence[Json]) -> None:
+    """Add pieces of reasoning_details: those of one index and type are one, cut into pieces."""
+    for detail in details:
+        last = kept[-1] if kept else {}
+        if any(last.get(key) != detail.get(key) for key in ("type", "index")) or (
+                detail.get("type") == "reasoning.encrypted"):
+            kept.append(dict(detail))
+            continue
+        for key, value in detail.items():
+            if key in ("text", "summary") and isinstance(last.get(key), str):
+                last[key] += value or ""
+            elif value is not None:
+                last[key] = value
+
+
+def openai_sources(annotations: Sequence[Json]) -> Json:
+    """url_citation annotations -> groundingMetadata"""
+    cited = [a["url_citation"] for a in annotations if a.get("type") == "url_citation"]
+    if not cited:
+        return {}
+    return {"groundingChunks": [{"web": {"uri": c.get("url"), "title": c.get("title")}}
+                                for c in cited],
+            "groundingSupports": [{"groundingChunkIndices": [i],
+                                   "segment": {"text": c.get("content") or ""}}
+                                  for i, c in enumerate(cited)]}
+
+
+def openai_usage(usage: Json) -> Json:
+    """usage -> usageMetadata, with OpenRouter's cost. Reasoning is a part of the completion, unless
+    the numbers tell that it is not."""
+    if not usage:
+        return {}
+    details = usage.get("completion_tokens_details") or {}
+    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    thoughts = details.get("reasoning_tokens") or 0
+    if thoughts <= completion and usage.get("total_tokens") != prompt + completion + thoughts:
+        completion -= thoughts
+    cached = ((usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+              or usage.get("prompt_cache_hit_tokens") or 0)
+    counts = {"promptTokenCount": prompt, "cachedContentTokenCount": cached,
+              "candidatesTokenCount": completion, "thoughtsTokenCount": thoughts}
+    return dict(counts, **{"cost": usage["cost"]} if usage.get("cost") is not None else {})
+
+
+# ---- 8. Gemini answer -> Anthropic events (pure) --------------------------------------------
 
 class MessageEmitter:
     """Turns the chunks of one answer into the events of one message. One thread at a time.
@@ -2059,12 +2533,13 @@ class MessageEmitter:
         """End the message: sources, a word where the answer is empty or was stopped, the totals."""
         reason, note = stop_reason(self.finish_reason, self.calls > 0)
         if self._block_reason and not self.answered:
-            reason, note = "refusal", "Gemini refused this prompt: %s." % self._block_reason
+            reason, note = "refusal", "The model refused this prompt: %s." % self._block_reason
         note = note.replace("{}", self._finish_message).strip()
         if not note and not self.answered:
-            note = "Gemini gave an empty answer."
+            note = "The model gave an empty answer."
             if reason == "max_tokens":
-                note = "Gemini used its whole limit to think; raise max_tokens or lower the effort."
+                note = ("The model used its whole limit to think; raise max_tokens or lower the "
+                        "effort.")
         with _known_form():
             searches = self._sources()
         if note:
@@ -2094,7 +2569,7 @@ class MessageEmitter:
         elif text:
             self._text(text)
         elif "functionCall" in part:
-            self._function_call(part["functionCall"], signature)
+            self._function_call(part["functionCall"], signature, part.get("callId") or "")
         elif "executableCode" in part:
             self._code_id = self._new_id("srvtoolu_")
             self._server_tool(self._code_id, "code_execution",
@@ -2124,9 +2599,10 @@ class MessageEmitter:
         self._delta({"type": "text_delta", "text": text})
         self.answered = self.answered or not text.isspace()
 
-    def _function_call(self, call: Json, signature: str) -> None:
+    def _function_call(self, call: Json, signature: str, call_id_: str) -> None:
         """Give out a call once. A signed one is preceded by a thinking block that carries its
-        signature over a restart of the proxy, if the client has thinking on."""
+        signature over a restart of the proxy, if the client has thinking on. An upstream that wants
+        its own id back finds it in ours (`call_id`)."""
         name = call.get("name")
         args = call.get("args") or {}
         if not isinstance(args, dict):
@@ -2142,7 +2618,7 @@ class MessageEmitter:
             if self._open != "thinking" or self._signature:
                 self._open_block({"type": "thinking", "thinking": "", "signature": ""})
             self._signature = CALL_MARK + signature
-        tool_use_id = self._new_id("toolu_")
+        tool_use_id = self._new_id("toolu_") + ("_" + call_id_ if call_id_ else "")
         if signature:
             self._remember(tool_use_id, signature)
         name = client_name(name, self._names)
@@ -2270,7 +2746,7 @@ def stop_reason(finish_reason: str, called: bool) -> Tuple[str, str]:
     """finishReason -> (stop_reason, note for the reader). Gemini says STOP for tool calls, too."""
     if called:
         return "tool_use", ""
-    note = STOP_NOTES.get(finish_reason, "Gemini stopped this answer: %s. {}" % finish_reason)
+    note = STOP_NOTES.get(finish_reason, "The model stopped this answer: %s. {}" % finish_reason)
     return STOP_REASONS.get(finish_reason, "end_turn"), note
 
 
@@ -2388,7 +2864,7 @@ def _apply_delta(block: Json, delta: Json) -> str:
     return delta.get("partial_json", "")
 
 
-# ---- 8. Wire formats (pure) -----------------------------------------------------------------
+# ---- 9. Wire formats (pure) -----------------------------------------------------------------
 
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
@@ -2489,7 +2965,7 @@ def _objects(raw: bytes) -> List[Json]:
     return items
 
 
-# ---- 9. Shared state (state) ----------------------------------------------------------------
+# ---- 10. Shared state (state) ----------------------------------------------------------------
 #
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
@@ -2753,7 +3229,7 @@ def minute_sums(records: Sequence[Json]) -> Json:
                 errors=sum(record["status"] >= 400 for record in records))
 
 
-# ---- 10. Upstreams (I/O) --------------------------------------------------------------------
+# ---- 11. Upstreams (I/O) --------------------------------------------------------------------
 
 class ConnectionPool(urllib.request.HTTPSHandler):
     """Keeps http.client connections beneath urllib.request, so that its proxy handling stays.
@@ -2860,7 +3336,7 @@ class Reply:
         self.status, keeps = 100, False
         while self.status < 200:  # 1xx only announces another
             self.status, keeps, lines = self._head()
-        fields = parse_fields(lines, strict=False)
+        self.fields = fields = parse_fields(lines, strict=False)
         self.content_type = fields.get("content-type", "")
         self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
         length = fields.get("content-length", "").partition(",")[0]
@@ -3006,7 +3482,7 @@ class Exchange:
         self.stream, self.client_key = stream, client_key
         self.model = self.models[0]
         self.translate = translate
-        self.translation = translate(self.model)
+        self.translation = translate(model=self.model)
         self.retries = 0
         self.key_number = 0
         self.gone = threading.Event()   # the client has left
@@ -3016,6 +3492,15 @@ class Exchange:
         self._lock = threading.Lock()   # protects the two below: they may become another's
         self._connection: Any = None
         self._dialled: Optional[socket.socket] = None
+
+    def next_model(self) -> bool:
+        """Go on to the next model, if there is one."""
+        position = self.models.index(self.model) + 1
+        if position >= len(self.models):
+            return False
+        self.model, self.failures, self.key_changes = self.models[position], 0, 0
+        self.translation = self.translate(model=self.model)
+        return True
 
     def use(self, connection: Any) -> None:
         """Note the connection that is about to be used; raises if the client has left."""
@@ -3056,9 +3541,9 @@ class Exchange:
             socket.socket.shutdown(self._dialled or self._connection.sock, socket.SHUT_RDWR)
 
 
-# What a 400 tells to leave out: (what it must say, name for the log, the change). Each is tried
-# once.
-REPAIRS = (
+# What a 400 of Gemini's tells to leave out: (what it must say, name for the log, the change). Each
+# is tried once.
+GEMINI_REPAIRS = (
     (re.compile(r"(?i)thinking"), "thinkingConfig", without_thinking_config),
     (re.compile(r"(?i)thought.?signature"), "thought signatures", with_dummy_signatures),
     (re.compile(r"(?i)parameters_?json_?schema|nesting depth|function_declarations.*parameters"),
@@ -3071,12 +3556,14 @@ _NO_JSON_SCHEMA = re.compile(
     r"(?i)unknown name \"?parameters_?json_?schema|parameters_?json_?schema.*cannot find field")
 
 
-class Gemini:
-    """The Gemini API as upstream: chunks of an answer to an Exchange.
+class Upstream:
+    """What all kinds of upstream share: tries, keys, streams and their faults.
 
-    Another upstream is a class with the same `batches` that yields lists of Gemini-shaped chunks.
+    A kind says how it is asked (`ask`), how its answer becomes Gemini-shaped chunks (`reader`),
+    what a 400 tells to leave out (`repair`) and which models it has (`list_models`).
     """
 
+    HOUSE, SETTING = "Gemini", "GEMINI_API_KEY"
     REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
     BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
     BROKEN_SECONDS = 60.0    # for this long
@@ -3085,28 +3572,22 @@ class Gemini:
     COUNT_SECONDS = 2.0      # for a token count, or a list of models
     LONGEST_WAIT = 5.0       # a longer retry delay is the client's to wait: it needs to see the 429
 
-    def __init__(self, config: Config) -> None:
-        self.keys = KeyRing(config.keys or ("",))
-        self._config = config
-        self._pool = ConnectionPool(config.gemini_api_base.startswith("https:"))
-        self._opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler(), self._pool):
-            self._opener.add_handler(handler)
-        self._tools = ToolBytes()
-        self._counting = threading.BoundedSemaphore(4)
+    def __init__(self, config: Config, opener: Any, base: str, keys: Sequence[str]) -> None:
+        self.base, self.key_list = base, tuple(keys)
+        self.keys = KeyRing(self.key_list or ("",))
+        self._config, self._opener = config, opener
         self._lock = threading.Lock()  # protects all below, for writing
         self._models: Optional[Mapping[str, Json]] = None
         self._models_until = 0.0
         self._no_stream_until = 0.0
         self._broken_streams = 0
-        self._strict_tools = False
         self._token = ""
 
     def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
         """Yield the answer's chunks, those together that arrived together. What fails before the
         first ones is repaired or tried again here; after them, a failure is raised as
         ProxyError."""
-        body = self._body(exchange)
+        body = self.first_body(exchange)
         repaired: set = set()
         while True:
             last_try = 0 < self._config.max_retries <= exchange.failures
@@ -3117,7 +3598,7 @@ class Gemini:
                 break
             except ProxyError as error:
                 LOG.info("%s: %s", exchange.model, error.message)
-                change = self._repair(error, body, repaired)
+                change = self.repair(error, body, repaired) if error.status == 400 else None
                 if change is not None:
                     body = change
                 elif self._next_key(error, exchange) or self._next_token(repaired):
@@ -3125,8 +3606,6 @@ class Gemini:
                 elif self._may_retry(error, exchange):
                     exchange.failures += 1
                     self._wait(exchange, error)
-                elif error.status in (404, 429, 529) and self._next_model(exchange):
-                    body, repaired = self._body(exchange), set()
                 else:
                     error.transient = False  # its tries are used up
                     raise
@@ -3134,22 +3613,25 @@ class Gemini:
         yield first
         yield from attempt
 
-    def _body(self, exchange: Exchange) -> Json:
-        body = exchange.translation.body
-        return with_strict_tools(body) if self._strict_tools else body
+    def first_body(self, exchange: Exchange) -> Json:
+        """The body to begin with."""
+        return exchange.translation.body
 
-    def _repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
-        """The body changed as a 400 asks for, or None."""
-        for pattern, name, change in REPAIRS if error.status == 400 else ():
-            if name not in repaired and pattern.search(error.message):
-                repaired.add(name)
-                changed = change(body)
-                if changed != body:
-                    LOG.warning("Gemini refused the %s: sent again without", name)
-                    with self._lock:
-                        self._strict_tools |= bool(_NO_JSON_SCHEMA.search(error.message))
-                    return changed
-        return None
+    def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
+        """The body changed as a 400 asks for, or None; `repaired` keeps what was tried."""
+        raise NotImplementedError
+
+    def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
+        """Send the request."""
+        raise NotImplementedError
+
+    def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
+        """Objects of one answer -> chunks; None for its end."""
+        return lambda objects: objects or []
+
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        """What the key can use: id -> Gemini's description. Raises ProxyError."""
+        raise NotImplementedError
 
     def _next_key(self, error: ProxyError, exchange: Exchange) -> bool:
         """Rest the key that was refused or is at its limit; whether another one can be asked."""
@@ -3159,7 +3641,7 @@ class Gemini:
         seconds = 3600.0 if lasting else min(max(1.0, error.retry_after or 10.0), 3600.0)
         exchange.key_changes += 1
         return (self.keys.rest(exchange.key_number, exchange.model, seconds)
-                and exchange.key_changes < len(self._config.keys))
+                and exchange.key_changes < len(self.key_list))
 
     def _next_token(self, repaired: set) -> bool:
         """Whether the bearer token was refused for the first time; the next try makes a new one."""
@@ -3181,42 +3663,39 @@ class Gemini:
         if exchange.gone.wait(seconds):
             raise ProxyError(499, "the client has left")
 
-    def _next_model(self, exchange: Exchange) -> bool:
-        position = exchange.models.index(exchange.model) + 1
-        if position >= len(exchange.models):
-            return False
-        exchange.model, exchange.failures, exchange.key_changes = exchange.models[position], 0, 0
-        exchange.translation = exchange.translate(exchange.model)
-        LOG.warning("falling back to %s", exchange.model)
-        return True
-
     def _attempt(self, exchange: Exchange, body: Json, stream: bool) -> Iterator[List[Json]]:
         """One request: batches of its answer, or ProxyError."""
         if not stream:
             yield self._whole(exchange, body)
             return
-        reply = self._post(exchange, body, "streamGenerateContent?alt=sse")
+        reply, read = self.ask(exchange, body, True), self.reader()
         try:
-            if reply.status in (404, 405, 501):
+            if self.lacks_streams(reply.status):
                 yield self._without_stream(exchange, body, reply)
             elif reply.status == 200 and "event-stream" not in reply.content_type:
                 value = parse_upstream(reply.read())
-                yield self._checked(value if isinstance(value, list) else [value], exchange)
+                yield read(self._checked(value if isinstance(value, list) else [value], exchange))
                 self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
             else:
                 self._check(reply, exchange)
                 finished = reply.is_framed
                 for batch in batches_from_sse(reply.pieces()):
+                    batch = read(self._checked(batch, exchange))
                     finished = finished or b"finishReason" in dump_json(batch)
-                    yield self._checked(batch, exchange)
+                    yield batch
                 if not finished:  # only the closed connection said that this was the end
                     raise http.client.IncompleteRead(b"")
+                yield read(None)
                 self._broken_streams = 0
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
             self._note_broken_stream(exchange)
-            raise broken(exc, exchange) from exc
+            raise broken(exc, exchange, self.HOUSE) from exc
         finally:
             reply.close()
+
+    def lacks_streams(self, status: int) -> bool:
+        """Whether this answer to a request for a stream may mean that there are none."""
+        return False
 
     def _without_stream(self, exchange: Exchange, body: Json, reply: Reply) -> List[Json]:
         """The stream endpoint is missing, or the model is: asking for the whole answer tells."""
@@ -3241,12 +3720,12 @@ class Gemini:
             self._no_stream_until = time.monotonic() + seconds
 
     def _whole(self, exchange: Exchange, body: Json) -> List[Json]:
-        reply = self._post(exchange, body, "generateContent")
+        reply, read = self.ask(exchange, body, False), self.reader()
         try:
             self._check(reply, exchange)
-            return self._checked([parse_upstream(reply.read())], exchange)
+            return read(self._checked([parse_upstream(reply.read())], exchange)) + read(None)
         except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise broken(exc, exchange) from exc
+            raise broken(exc, exchange, self.HOUSE) from exc
         finally:
             reply.close()
 
@@ -3255,44 +3734,30 @@ class Gemini:
             if reply.status == 401:
                 with self._lock:
                     self._token = ""
-            raise self._error(reply.status, reply.read(100000), exchange)
+            error = self._error(reply.status, reply.read(100000), exchange)
+            wait = reply.fields.get("retry-after", "")
+            if error.status == 429 and error.should_retry is None and wait.isdecimal():
+                error.retry_after = float(wait[:9])
+            raise error
 
     def _checked(self, chunks: List[Any], exchange: Exchange) -> List[Json]:
-        """The chunks, unless one is an error object, as they come in a 200, too."""
+        """The chunks, unless one is or holds an error object, as they come in a 200, too."""
         for chunk in chunks:
             if not isinstance(chunk, dict):
                 raise ValueError("not an object")
-            if "error" in chunk:
-                code = google_error(chunk).get("code")
-                known = isinstance(code, int) and code >= 400
-                raise self._error(code if known else 500, chunk, exchange)
+            choices = _dicts(chunk.get("choices"))[:1]
+            for holder in [chunk] + choices:
+                if holder.get("error"):
+                    code = google_error(holder).get("code")
+                    known = isinstance(code, int) and code >= 400
+                    raise self._error(code if known else 500, holder, exchange)
+            if any(choice.get("finish_reason") == "error" for choice in choices):
+                raise self._error(500, {"error": "it stopped with an error"}, exchange)
         return chunks
 
     def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
-        keys = self._config.keys + (exchange.client_key, self._token)
-        return upstream_error(status, raw, exchange.model, keys)
-
-    def count(self, exchange: Exchange) -> Optional[int]:
-        """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
-
-        Source: https://ai.google.dev/api/tokens (read 2026-11-20). The model must be named inside.
-        """
-        model = "models/" + exchange.model
-        body = {"generateContentRequest": dict(exchange.translation.body, model=model)}
-        deadline = time.monotonic() + self.COUNT_SECONDS
-        if not self._counting.acquire(timeout=self.COUNT_SECONDS):
-            return None
-        try:
-            reply = self._post(exchange, body, "countTokens", max(0.1, deadline - time.monotonic()))
-            with contextlib.closing(reply):
-                self._check(reply, exchange)
-                tokens = parse_upstream(reply.read(100000)).get("totalTokens")
-            return tokens if isinstance(tokens, int) else None
-        except (ProxyError, OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
-            LOG.info("%s: no token count, an estimate instead: %s", exchange.model, exc)
-            return None
-        finally:
-            self._counting.release()
+        keys = self.key_list + (exchange.client_key, self._token)
+        return upstream_error(status, raw, exchange.model, keys, self.HOUSE, self.SETTING)
 
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
         """list_models, remembered for 10 minutes; None if upstream does not say."""
@@ -3309,25 +3774,112 @@ class Gemini:
                 self._models_until = time.monotonic() + (600 if found else 30)
         return found
 
-    def list_models(self, client_key: str = "") -> Dict[str, Json]:
-        """What the key can use: id -> Gemini's description. Raises ProxyError.
-
-        Source: https://ai.google.dev/api/models (read 2026-11-20).
-        """
+    def get_json(self, path: str, client_key: str = "") -> Any:
+        """GET something small. Raises ProxyError."""
         exchange = Exchange({}, [""], lambda model: None, False, client_key)
+        try:
+            with contextlib.closing(self.send(exchange, path, None, self.COUNT_SECONDS)) as reply:
+                self._check(reply, exchange)
+                return parse_upstream(reply.read(10 << 20))
+        except (OSError, http.client.HTTPException, ValueError) as exc:
+            raise broken(exc, exchange, self.HOUSE) from exc
+
+    def send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float = 0,
+             headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
+        """The only place that talks to the network."""
+        fields = {"Content-Type": "application/json", "Accept-Encoding": "identity",
+                  "User-Agent": "claude_gemini_proxy/" + __version__}
+        fields.update(headers)
+        fields.update(self.authorization(exchange))
+        try:
+            request = urllib.request.Request("%s/%s" % (self.base, path), data, fields)
+            request.exchange = exchange
+            return self._opener.open(request, timeout=timeout or self._config.request_timeout)
+        except (OSError, http.client.HTTPException) as exc:
+            raise broken(exc, exchange, self.HOUSE) from exc
+
+    def next_key(self, exchange: Exchange) -> str:
+        """The client's key, or the next of ours."""
+        if exchange.client_key:
+            return exchange.client_key
+        exchange.key_number = self.keys.acquire(exchange.model)
+        return self.keys.key(exchange.key_number)
+
+    def authorization(self, exchange: Exchange) -> Dict[str, str]:
+        key = self.next_key(exchange)
+        return {"Authorization": "Bearer " + key} if key else {}
+
+
+class Gemini(Upstream):
+    """The Gemini API, also on Vertex AI or behind a gateway."""
+
+    def __init__(self, config: Config, opener: Any) -> None:
+        super().__init__(config, opener, config.base("gemini"), config.keys)
+        self._tools = ToolBytes()
+        self._counting = threading.BoundedSemaphore(4)
+        self._strict_tools = False
+
+    def first_body(self, exchange: Exchange) -> Json:
+        body = exchange.translation.body
+        return with_strict_tools(body) if self._strict_tools else body
+
+    def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
+        for pattern, name, change in GEMINI_REPAIRS:
+            if name not in repaired and pattern.search(error.message):
+                repaired.add(name)
+                changed = change(body)
+                if changed != body:
+                    LOG.warning("Gemini refused the %s: sent again without", name)
+                    with self._lock:
+                        self._strict_tools |= bool(_NO_JSON_SCHEMA.search(error.message))
+                    return changed
+        return None
+
+    def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
+        return self._post(exchange, body,
+                          "streamGenerateContent?alt=sse" if stream else "generateContent")
+
+    def lacks_streams(self, status: int) -> bool:
+        return status in (404, 405, 501)
+
+    def count(self, exchange: Exchange) -> Optional[int]:
+        """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
+
+        Source: https://ai.google.dev/api/tokens (read 2026-11-20). The model must be named inside;
+        Vertex AI takes the request flat
+        (https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens).
+        """
+        if "aiplatform" in self.base:
+            kept = ("contents", "systemInstruction", "tools")
+            body = {k: v for k, v in exchange.translation.body.items() if k in kept}
+        else:
+            body = {"generateContentRequest": dict(exchange.translation.body,
+                                                   model="models/" + exchange.model)}
+        deadline = time.monotonic() + self.COUNT_SECONDS
+        if not self._counting.acquire(timeout=self.COUNT_SECONDS):
+            return None
+        try:
+            reply = self._post(exchange, body, "countTokens", max(0.1, deadline - time.monotonic()))
+            with contextlib.closing(reply):
+                self._check(reply, exchange)
+                tokens = parse_upstream(reply.read(100000)).get("totalTokens")
+            return tokens if isinstance(tokens, int) else None
+        except (ProxyError, OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
+            LOG.info("%s: no token count, an estimate instead: %s", exchange.model, exc)
+            return None
+        finally:
+            self._counting.release()
+
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        """Source: https://ai.google.dev/api/models (read 2026-11-20)."""
         found: Dict[str, Json] = {}
         token = ""
         for _ in range(10):
-            try:
-                with contextlib.closing(self._send(exchange, "models?pageSize=1000" + token, None,
-                                                   self.COUNT_SECONDS)) as reply:
-                    self._check(reply, exchange)
-                    page = parse_upstream(reply.read(10 << 20))
-                for model in _dicts(page.get("models")):
-                    if "generateContent" in (model.get("supportedGenerationMethods") or ()):
-                        found[str(model.get("name")).rpartition("/")[2]] = model
-            except (OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
-                raise broken(exc, exchange) from exc
+            page = self.get_json("models?pageSize=1000" + token, client_key)
+            page = page if isinstance(page, dict) else {}
+            for model in _dicts(page.get("models")):
+                if "generateContent" in (model.get("supportedGenerationMethods") or ()):
+                    found[str(model.get("name")).rpartition("/")[2]] = model
             if not page.get("nextPageToken"):
                 break
             token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
@@ -3336,31 +3888,18 @@ class Gemini:
     def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Reply:
         model = urllib.parse.quote(exchange.model, safe="/@")
         path = model if "/" in model else "models/" + model
-        return self._send(exchange, "%s:%s" % (path, action), self._tools.dump(body), timeout)
+        if "aiplatform" in self.base and "toolConfig" in body:  # Vertex AI does not know the field
+            config = {k: v for k, v in body["toolConfig"].items()
+                      if k != "includeServerSideToolInvocations"}
+            body = dict(body, toolConfig=config)
+        return self.send(exchange, "%s:%s" % (path, action), self._tools.dump(body), timeout)
 
-    def _send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float) -> Reply:
-        """The only place that talks to the network."""
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity",
-                   "User-Agent": "claude_gemini_proxy/" + __version__}
-        headers.update(self._auth(exchange))
-        try:
-            url = "%s/%s" % (self._config.gemini_api_base, path)
-            request = urllib.request.Request(url, data, headers)
-            request.exchange = exchange
-            return self._opener.open(request, timeout=timeout or self._config.request_timeout)
-        except (OSError, http.client.HTTPException) as exc:
-            raise broken(exc, exchange) from exc
-
-    def _auth(self, exchange: Exchange) -> Dict[str, str]:
+    def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
             return {"Authorization": "Bearer " + self._command_token()}
-        key = exchange.client_key
-        if not key:
-            exchange.key_number = self.keys.acquire(exchange.model)
-            key = self.keys.key(exchange.key_number)
         if self._config.gemini_auth_type == "bearer":
-            return {"Authorization": "Bearer " + key}
-        return {"x-goog-api-key": key}
+            return super().authorization(exchange)
+        return {"x-goog-api-key": self.next_key(exchange)}
 
     def _command_token(self) -> str:
         token = self._token
@@ -3377,12 +3916,202 @@ class Gemini:
                 self._token = token
         return token
 
+
+class OpenAI(Upstream):
+    """OpenRouter, or another server that speaks OpenAI's chat completions."""
+
+    # What a 400 may complain of that an answer can do without.
+    LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
+                "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
+
+    def __init__(self, name: str, config: Config, opener: Any) -> None:
+        keys = config.openrouter_api_key if name == "openrouter" else config.openai_api_key
+        super().__init__(config, opener, config.base(name), _names(keys))
+        self.HOUSE = "OpenRouter" if name == "openrouter" else "The server"
+        self.SETTING = "OPENROUTER_API_KEY" if name == "openrouter" else "OPENAI_API_KEY"
+        self._refused: Dict[str, Tuple[str, ...]] = {}  # by model, also under _lock
+
+    def first_body(self, exchange: Exchange) -> Json:
+        """Without what the model has refused before. A model that the upstream does not list is
+        refused here, with its like."""
+        body = exchange.translation.body
+        listed = self.models() or {}
+        model = body["model"]
+        if model == "default" and listed:
+            model = next(iter(listed))
+        elif "/" in model and model[0] != "~" and listed and not {
+                model, model.partition(":")[0]} & set(listed):
+            near = difflib.get_close_matches(model, listed, 3, 0.4)
+            raise ProxyError(404, "model: %s is not offered%s" % (
+                exchange.model, "; there are %s" % ", ".join(near) if near else ""))
+        body = dict(body, model=model)
+        for name in self._refused.get(model, ()):
+            body = without_field(body, name)
+        return body
+
+    def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
+        named = [name for name in ("max_tokens", "max_completion_tokens") + self.LUXURIES
+                 if name in body and re.search(r"(?i)\b%s\b" % name, error.message)]
+        if not named and re.search(r"(?i)content (?:blocks|part|type)|image|file|multimodal|vision",
+                                   error.message):
+            named = ["media"]
+        named = [name for name in named if name not in repaired][:1]
+        if not named:
+            return None
+        repaired.add(named[0])
+        LOG.warning("%s refused %s: sent again without", self.HOUSE, named[0])
+        with self._lock:
+            self._refused[body["model"]] = self._refused.get(body["model"], ()) + (named[0],)
+        return without_field(body, named[0])
+
+    def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
+        if stream:
+            body = dict(body, stream=True, stream_options={"include_usage": True})
+        return self.send(exchange, "chat/completions", dump_json(body))
+
+    def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
+        chunks = ChunksFromOpenAI()
+        return lambda objects: (chunks.end() if objects is None
+                                else [chunks.feed(each) for each in objects])
+
+    def count(self, exchange: Exchange) -> Optional[int]:
+        return None  # there is no such request; the estimate learns from each answer
+
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        """Source: https://openrouter.ai/docs/api-reference/list-available-models (read 2026-11-21);
+        vLLM says max_model_len, others nothing."""
+        page = self.get_json("models", client_key)
+        found = {}
+        for model in _dicts(page.get("data") if isinstance(page, dict) else page):
+            limits = model.get("top_provider")
+            found[str(model.get("id"))] = {
+                "displayName": model.get("name"),
+                "inputTokenLimit": model.get("context_length") or model.get("max_model_len"),
+                "outputTokenLimit": limits.get("max_completion_tokens")
+                if isinstance(limits, dict) else None}
+        return found
+
+
+def without_field(body: Json, name: str) -> Json:
+    """A chat.completions body without a field that was refused, or with what stands for it."""
+    body = dict(body)
+    if name == "media":
+        body["messages"] = [without_media(message) for message in body["messages"]]
+        return body
+    value = body.pop(name, None)
+    other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
+    if other and value is not None:
+        body[other] = value
+    return body
+
+
+def without_media(message: Json) -> Json:
+    """A message with a note in the place of each image and file."""
+    if not isinstance(message.get("content"), list):
+        return message
+    notes = {"image_url": "An image", "file": "A document"}
+    return dict(message, content=[
+        part if part["type"] == "text" else
+        {"type": "text", "text": "[%s that this model cannot see.]" % notes[part["type"]]}
+        for part in message["content"]])
+
+
+class Upstreams:
+    """All upstreams that are configured, as one. FALLBACK_MODELS may lead from one to another."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        bases = [config.base(name) for name in config.upstreams]
+        self._pool = ConnectionPool(any(base.startswith("https:") for base in bases))
+        opener = urllib.request.OpenerDirector()
+        for handler in (urllib.request.ProxyHandler(), self._pool):
+            opener.add_handler(handler)
+        self.members: Dict[str, Any] = {name: self._member(name, opener)
+                                        for name in config.upstreams}
+
+    def _member(self, name: str, opener: Any) -> Any:
+        if name == "gemini":
+            return Gemini(self._config, opener)
+        if name == "anthropic":
+            return Anthropic(self._config, opener, ANTHROPIC_BASE,
+                             _names(self._config.anthropic_api_key))
+        return OpenAI(name, self._config, opener)
+
+    def of(self, model: str) -> Any:
+        """The upstream of a full model name."""
+        name = split_name(model)[0]
+        if name not in self.members:
+            raise ProxyError(404, "model: %s needs an upstream that is not configured (%s)"
+                             % (model, name))
+        return self.members[name]
+
+    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
+        """The answer's chunks; of the next model where one has no quota, no room, or is unknown."""
+        while True:
+            batches = self.of(exchange.model).batches(exchange)
+            try:
+                first = next(batches, [])
+                break
+            except ProxyError as error:
+                if error.status not in (404, 429, 529) or not exchange.next_model():
+                    raise
+                exchange.retries += 1
+                LOG.warning("falling back to %s", exchange.model)
+        yield first
+        yield from batches
+
+    def count(self, exchange: Exchange) -> Optional[int]:
+        return self.of(exchange.model).count(exchange)
+
+    def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
+        """All models by full name, Gemini's first; None if no upstream says."""
+        found: Dict[str, Json] = {}
+        for name, member in self.members.items():
+            listed = member.models(client_key if name == "gemini" else "") or {}
+            prefix = "" if name == "gemini" else name + "/"
+            found.update((prefix + id_, model) for id_, model in listed.items())
+        return found or None
+
+    def list_models(self, client_key: str = "") -> None:
+        """Ask each upstream for its models. Raises ProxyError."""
+        for member in self.members.values():
+            member.list_models(client_key)
+
     def key_states(self) -> List[Json]:
         """The keys by number, each with the seconds that it still rests for a model."""
-        return self.keys.states() if self._config.keys else []
+        return [dict(state, upstream=name) for name, member in self.members.items()
+                if member.key_list for state in member.keys.states()]
 
     def close(self) -> None:
         self._pool.close_idle()
+
+
+class Anthropic(Upstream):
+    """Anthropic itself: nothing is translated, requests and answers pass as they are."""
+
+    HOUSE, SETTING = "Anthropic", "ANTHROPIC_API_KEY"
+    KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
+            "anthropic-dangerous-direct-browser-access")
+
+    def forward(self, exchange: Exchange, path: str, body: bytes,
+                headers: Mapping[str, str]) -> Reply:
+        kept = {name: value for name, value in headers.items()
+                if name in self.KEPT or name.startswith("x-stainless-")}
+        return self.send(exchange, path.lstrip("/"), body, 0, kept)
+
+    def authorization(self, exchange: Exchange) -> Dict[str, str]:
+        return {"x-api-key": self.next_key(exchange)}
+
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        """Source: https://docs.claude.com/en/api/models-list (read 2026-11-20)."""
+        exchange = Exchange({}, [""], lambda model: None, False, client_key)
+        with contextlib.closing(self.send(exchange, "v1/models?limit=1000", None,
+                                          self.COUNT_SECONDS,
+                                          {"anthropic-version": "2023-06-01"})) as reply:
+            self._check(reply, exchange)
+            page = parse_upstream(reply.read(10 << 20))
+        return {str(model.get("id")): {"displayName": model.get("display_name")}
+                for model in _dicts(page.get("data"))}
 
 
 def parse_upstream(raw: bytes) -> Any:
@@ -3393,28 +4122,28 @@ def parse_upstream(raw: bytes) -> Any:
         raise ValueError(exc.message) from None
 
 
-def broken(exc: Exception, exchange: Exchange) -> ProxyError:
+def broken(exc: Exception, exchange: Exchange, house: str) -> ProxyError:
     """A connection that failed, or an answer that is none -> ProxyError."""
     reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
     if exchange.gone.is_set():
         return ProxyError(499, "the client has left")
     if isinstance(reason, socket.timeout):
-        return ProxyError(504, "Gemini was silent for too long (REQUEST_TIMEOUT).")
+        return ProxyError(504, "%s was silent for too long (REQUEST_TIMEOUT)." % house)
     if isinstance(reason, ssl.SSLCertVerificationError):
         return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE "
                           "to your CA bundle." % reason.verify_message, should_retry=False)
     if isinstance(reason, socket.gaierror):
         return ProxyError(
-            500, "The upstream's host name cannot be found (GEMINI_API_BASE, or HTTPS_PROXY): %s"
+            500, "The upstream's host name cannot be found (its API_BASE, or HTTPS_PROXY): %s"
                           % reason.strerror)
     if isinstance(reason, (ValueError, RecursionError)):
-        return ProxyError(500, "Gemini's answer is not valid JSON: %s" % str(reason)[:200],
+        return ProxyError(500, "%s's answer is not valid JSON: %s" % (house, str(reason)[:200]),
                           transient=True)
-    return ProxyError(529, "The connection to Gemini broke: %s" % type(reason).__name__,
+    return ProxyError(529, "The connection to %s broke: %s" % (house, type(reason).__name__),
                       transient=True)
 
 
-# ---- 11. Delivery (I/O) ---------------------------------------------------------------------
+# ---- 12. Delivery (I/O) ---------------------------------------------------------------------
 
 def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retries: int,
             emit: Callable[..., None]) -> None:
@@ -3562,7 +4291,7 @@ class Heartbeat:
                     exchange.cancel()
 
 
-# ---- 12. HTTP front end (I/O) ---------------------------------------------------------------
+# ---- 13. HTTP front end (I/O) ---------------------------------------------------------------
 
 class ProxyServer(ThreadingHTTPServer):
     """A thread for each connection; the shared objects that handlers use hang here."""
@@ -3578,7 +4307,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.declarations = Declarations()
         self.tokens = TokenCounts()
         self.traffic = Traffic()
-        self.upstream = upstream or Gemini(config)
+        self.upstream = upstream or Upstreams(config)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
         self.draining = False
@@ -3704,6 +4433,18 @@ class DeadlineReader(io.RawIOBase):
             return self._sock.recv_into(buffer)
         finally:
             self._sock.settimeout(usual)
+
+
+def translated(request: Json, config: Config,
+               lookup: Callable[[str], Optional[str]] = lambda key: None,
+               declare: Optional[Callable[[Json], Json]] = None, model: str = "") -> Translation:
+    """A request in the form of the upstream that has the model (a full name)."""
+    upstream, name = split_name(model)
+    if upstream == "gemini":
+        return to_gemini(request, name, config, lookup, declare)
+    official = config.base(upstream).startswith(OPENAI_BASE)
+    dialect = "openrouter" if upstream == "openrouter" else "openai" if official else "other"
+    return to_openai(request, name, config, lookup, declare, dialect)
 
 
 class ProxyHandler(BaseHTTPRequestHandler):
@@ -3982,7 +4723,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
         started = time.monotonic()
         server, config = self.server, self.server.config
         body = self.read_body()
-        request = check_request(parse_json(body))
+        request = parse_json(body)
+        if self.passes_through(request, body):
+            return
+        check_request(request)
         exchange, estimate = self.make_exchange(request, len(body))
         self.check_budget(exchange)
         for note in exchange.translation.notes:
@@ -4008,20 +4752,58 @@ class ProxyHandler(BaseHTTPRequestHandler):
         finally:
             self.log_exchange(exchange, emitter, started, status)
 
+    def passes_through(self, request: Any, body: bytes) -> bool:
+        """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
+        byte; only `anthropic/` before the model's name goes."""
+        model = request.get("model") if isinstance(request, dict) else None
+        name = resolve_model(model, self.server.config) if isinstance(model, str) else ""
+        if split_name(name)[0] != "anthropic" or not isinstance(self.server.upstream, Upstreams):
+            return False
+        started = time.monotonic()
+        upstream = self.server.upstream.of(name)
+        exchange = Exchange(request, [name], lambda model: None, False)
+        if split_name(name)[1] != model:
+            body = dump_json(dict(request, model=split_name(name)[1]))
+        with self.server.heartbeat.watching(exchange, self.connection):
+            reply = upstream.forward(exchange, self.path, body, self.headers)
+            try:
+                self.relay(reply)
+            except http.client.HTTPException as exc:
+                raise ConnectionAbortedError("the answer was cut") from exc
+            finally:
+                reply.close()
+        LOG.info("%s %s -> %s %d, passed through, all %d ms", self.request_id, model, name,
+                 reply.status, (time.monotonic() - started) * 1000)
+        return True
+
+    def relay(self, reply: Reply) -> None:
+        """An upstream's answer to the client as it comes."""
+        hop = ("connection", "keep-alive", "transfer-encoding", "proxy-authenticate", "trailer")
+        head = ["HTTP/1.1 %d %s" % (reply.status, http.client.responses.get(reply.status, "-"))]
+        head += ["%s: %s" % item for item in reply.fields.items() if item[0] not in hop]
+        chunked = "content-length" not in reply.fields and self.request_version == "HTTP/1.1"
+        head += ["transfer-encoding: chunked"] if chunked else []
+        self.close_connection |= not chunked and "content-length" not in reply.fields
+        head += ["connection: close"] if self.close_connection else []
+        self.wfile.write("\r\n".join(head + ["", ""]).encode("latin-1"))
+        for piece in reply.pieces():
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+        self.wfile.write(b"0\r\n\r\n" if chunked else b"")
+
     def make_exchange(self, request: Json, size: int) -> Tuple[Exchange, int]:
         """A request on its way, and an estimate of its tokens; if long, for LONG_CONTEXT_MODEL."""
         server, config = self.server, self.server.config
-        translate = functools.partial(to_gemini, request, config=config,
-                                      lookup=server.signatures.get,
-                                      declare=server.declarations.declare)
+        translate = functools.partial(translated, request, config, server.signatures.get,
+                                      server.declarations.declare)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         models = [resolve_model(request["model"], config)]
-        models += [own_name(name) for name in config.fallback_models]
+        models += [full_name(name, config) for name in config.fallback_models]
         exchange = Exchange(request, models, translate, live, self.client_key())
         estimate = server.tokens.estimate(size, exchange.translation)
         if (config.long_context_model and estimate >= config.long_context_tokens
-                and not _OWN_NAME.match(request["model"])):
-            models[0] = own_name(config.long_context_model)
+                and not _OWN_NAME.match(request["model"])
+                and not _VENDOR_NAME.match(request["model"])):
+            models[0] = full_name(config.long_context_model, config)
             exchange = Exchange(request, models, translate, live, self.client_key())
         return exchange, estimate
 
@@ -4095,8 +4877,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
         Clients send dozens at once, most of them again and again.
         """
         server, body = self.server, self.read_body()
-        request = check_request(parse_json(body))
-        translate = functools.partial(to_gemini, request, config=server.config,
+        request = parse_json(body)
+        if self.passes_through(request, body):
+            return
+        check_request(request)
+        translate = functools.partial(translated, request, server.config,
                                       declare=server.declarations.declare)
         exchange = Exchange(request, [resolve_model(request["model"], server.config)], translate,
                             False, self.client_key())
@@ -4184,7 +4969,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         model = resolve_model("claude-haiku", self.server.config)
         request = {"model": model, "max_tokens": 16,
                    "messages": [{"role": "user", "content": "Say ok."}]}
-        translate = functools.partial(to_gemini, request, config=self.server.config)
+        translate = functools.partial(translated, request, self.server.config)
         exchange = Exchange(request, [model], translate, False, self.client_key())
         started = time.monotonic()
         emitter = MessageEmitter(model, new_id, lambda key, signature: None, exchange.translation)
@@ -4245,7 +5030,7 @@ def shown_body(body: Json) -> str:
     return text
 
 
-# ---- 13. The page (pure) ---------------------------------------------------------------------
+# ---- 14. The page (pure) ---------------------------------------------------------------------
 
 PAGE_HEADERS = MappingProxyType({
     "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
@@ -4431,7 +5216,7 @@ setInterval(refresh, 3000);
 """
 
 
-# ---- 14. Program ----------------------------------------------------------------------------
+# ---- 15. Program ----------------------------------------------------------------------------
 
 class DemoModel:
     """An offline stand-in for Gemini: answers in text, and runs a command that the user asks for.
@@ -4713,8 +5498,9 @@ def check_setup(server: ProxyServer) -> int:
     step("the upstream is reached and takes the key", lambda: check_reach(server))
     listed = server.upstream.models()
     if listed is not None:
-        for model in sorted(set(tiers.values()) | set(server.config.fallback_models)):
-            step("%s is offered to this key" % model, lambda: "" if own_name(model) in listed else
+        fallbacks = {full_name(name, server.config) for name in server.config.fallback_models}
+        for model in sorted(set(tiers.values()) | fallbacks):
+            step("%s is offered to this key" % model, lambda: "" if model in listed else
                  "it is not; see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, FALLBACK_MODELS")
     for name, model in tiers.items():
         step("%s -> %s answers" % (name, model), lambda: check_answer(server, "claude-" + name))
@@ -4793,6 +5579,7 @@ def ask(server: ProxyServer, body: Json) -> Json:
 
 NO_KEY = """No Gemini key. Either
   export GEMINI_API_KEY=...   (a free one: https://aistudio.google.com/apikey)
+  or OPENROUTER_API_KEY, or OPENAI_API_BASE for a server of your own,
   or try the built-in offline model:  python3 claude_gemini_proxy.py --demo"""
 
 
@@ -4806,8 +5593,13 @@ def command_config(command: str, flags: Dict[str, Any]) -> Config:
     if command == "run":
         flags = dict(flags, host="127.0.0.1", port="0")
     config = load_config(flags, os.environ, dotenv)
+    if flags["demo"]:
+        config = dataclasses.replace(config, upstream="gemini", openrouter_api_key="",
+                                     openai_api_key="", openai_api_base="", anthropic_api_key="")
+    bare = dataclasses.replace(config, upstream="", client_keys=False)
+    has_key = bare.upstreams != ("gemini",) or config.keys or config.gemini_token_command
     needs_key = command != "env" and not (config.client_keys and command == "serve")
-    if needs_key and not (config.keys or config.gemini_token_command or flags["demo"]):
+    if needs_key and not (has_key or flags["demo"]):
         raise ValueError(NO_KEY)
     if command == "env" and not config.port:
         raise ValueError("PORT=0 is another port each time: env needs a fixed one")

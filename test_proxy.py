@@ -768,7 +768,8 @@ class Running:
         settings.setdefault("gemini_api_base", self.fake.url)
         self.config = dataclasses.replace(CONFIG, **settings)
         self.server = proxy.make_server(self.config, upstream)
-        self.server.upstream.BACKOFF_SECONDS = 0.02
+        for member in getattr(self.server.upstream, "members", {}).values():
+            member.BACKOFF_SECONDS = 0.02
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -1114,14 +1115,14 @@ RESPONSE_CASES = (  # name, chunks, blocks, stop_reason
      [("text", "yes")], "end_turn"),
     ("max tokens", [chunk("a", finish="MAX_TOKENS")], [("text", "a")], "max_tokens"),
     ("max tokens with nothing said", [chunk(finish="MAX_TOKENS")],
-     [("text", "[Gemini used its whole limit to think; raise max_tokens or lower the effort.]")], "max_tokens"),
+     [("text", "[The model used its whole limit to think; raise max_tokens or lower the effort.]")], "max_tokens"),
     ("max tokens after a call", [chunk(BASH, finish="MAX_TOKENS")], [USED], "tool_use"),
-    ("blocked output", [chunk("a"), chunk(finish="SAFETY")], [("text", "a\n\n[Gemini stopped this answer: SAFETY.]")], "refusal"),
-    ("blocked prompt", [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}], [("text", "[Gemini refused this prompt: PROHIBITED_CONTENT.]")], "refusal"),
-    ("recitation", [chunk(finish="RECITATION")], [("text", "[Gemini stopped this answer: RECITATION (too close to a source).]")], "end_turn"),
-    ("a malformed call", [chunk(finish="MALFORMED_FUNCTION_CALL", finishMessage="Why.")], [("text", "[Gemini wrote a tool call that cannot be read. Why.]")], "end_turn"),
-    ("a reason that nobody knows", [chunk("a", finish="BRAND_NEW")], [("text", "a\n\n[Gemini stopped this answer: BRAND_NEW.]")], "end_turn"),
-    ("nothing", [chunk("", finish="STOP")], [("text", "[Gemini gave an empty answer.]")], "end_turn"),
+    ("blocked output", [chunk("a"), chunk(finish="SAFETY")], [("text", "a\n\n[The model stopped this answer: SAFETY.]")], "refusal"),
+    ("blocked prompt", [{"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}], [("text", "[The model refused this prompt: PROHIBITED_CONTENT.]")], "refusal"),
+    ("recitation", [chunk(finish="RECITATION")], [("text", "[The model stopped this answer: RECITATION (too close to a source).]")], "end_turn"),
+    ("a malformed call", [chunk(finish="MALFORMED_FUNCTION_CALL", finishMessage="Why.")], [("text", "[The model wrote a tool call that cannot be read. Why.]")], "end_turn"),
+    ("a reason that nobody knows", [chunk("a", finish="BRAND_NEW")], [("text", "a\n\n[The model stopped this answer: BRAND_NEW.]")], "end_turn"),
+    ("nothing", [chunk("", finish="STOP")], [("text", "[The model gave an empty answer.]")], "end_turn"),
     ("code that ran", [chunk({"executableCode": {"language": "PYTHON", "code": "1+1"}}), chunk({"codeExecutionResult": {"outcome": "OUTCOME_OK", "output": "2"}}, "2.", finish="STOP")],
      [("server_tool_use", ("code_execution", {"code": "1+1"})), ("code_execution_tool_result", {
          "type": "code_execution_result", "stdout": "2", "stderr": "", "return_code": 0, "content": []}), ("text", "2.")], "end_turn"),
@@ -1569,7 +1570,7 @@ class EndToEnd(unittest.TestCase):
                 message = check_grammar(answer) if stream else answer
                 self.assertEqual((status, summary(message)[-1]), (200, ("text", "ok")), bad)
         r = self.run_proxy(lambda *args: [bad])
-        self.assertEqual(summary(r.ask(request())[1]), [("text", "[Gemini gave an empty answer.]")])
+        self.assertEqual(summary(r.ask(request())[1]), [("text", "[The model gave an empty answer.]")])
         self.assertEqual(len(r.fake.requests), 3)
 
     def test_known_repairs_of_a_400_are_made_once(self):
@@ -1736,7 +1737,7 @@ class EndToEnd(unittest.TestCase):
         shown = json.loads(r.send("GET", "/?session=one")[2])
         self.assertEqual([x["status"] for x in shown["recent"]], [400, 404, 200])
         self.assertEqual(sum(m["errors"] for m in shown["minutes"]), 2)
-        self.assertEqual((shown["keys"], shown["live"], shown["session"]["requests"]), ([{"number": 1, "resting": {}}], [], 1))
+        self.assertEqual((shown["keys"], shown["live"], shown["session"]["requests"]), ([{"number": 1, "resting": {}, "upstream": "gemini"}], [], 1))
         self.assertGreater(shown["spent_usd"], 0)
         self.assertAlmostEqual(shown["counters"]["cost_usd_total{model=gemini-3.8-flash}"], shown["spent_usd"])
         page = r.send("GET", "/", accept="text/html")[2].decode()
@@ -2003,7 +2004,7 @@ class Faults(unittest.TestCase):
             n = int(body["contents"][0]["parts"][0]["text"])
             return [chunk("%d " % n), 0.1, chunk("is "), 0.1] + (["cut"] if n % 4 == 0 else [chunk("done", finish="STOP")])
         r = self.run_proxy(script, max_retries=0)
-        r.server.upstream.BROKEN_STREAMS = 1000
+        r.server.upstream.members["gemini"].BROKEN_STREAMS = 1000
         before, answers = threading.active_count(), {}
 
         def client(n):
