@@ -506,8 +506,8 @@ def _model_map(value: str) -> Tuple[Tuple[str, str], ...]:
 
 
 def _usd(value: str) -> float:
-    if not re.match(r"\d{1,7}(\.\d{1,6})?$", value) or float(value) <= 0:
-        raise ValueError("must be an amount in USD above 0")
+    if not re.match(r"\d{1,7}(\.\d{1,6})?$", value):
+        raise ValueError("must be an amount in USD, like 5 or 0.5")
     return float(value)
 
 
@@ -521,9 +521,10 @@ def _prices(value: str) -> Tuple[Tuple, ...]:
                 for name, _, numbers in (item.partition("=") for item in _names(value))]
     try:
         prices = [(name.strip(), [float(number) for number in numbers]) for name, numbers in rows]
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         prices = [("", [])]
-    if not all(name and len(numbers) in (2, 3) and min(numbers) >= 0 for name, numbers in prices):
+    if not all(name and len(numbers) in (2, 3) and all(0 <= number < 1e6 for number in numbers)
+               for name, numbers in prices):
         raise ValueError('must be model=input/output/cached,... or {"model": [input, output, '
                          'cached]}, in USD per million tokens')
     return tuple((name, "", 0, numbers[0], numbers[1], numbers[2 if len(numbers) > 2 else 0])
@@ -831,13 +832,16 @@ def resolve_model(requested: str, config: Config) -> str:
     names that could leave the URL's path, and for upstreams that are not configured.
     """
     name = _MILLION_MARK.sub("", requested.strip())
+    return full_name(asked_for(name, config) or tier_model(name, config), config)
+
+
+def asked_for(requested: str, config: Config) -> str:
+    """The target that a name itself, ANTHROPIC_MODEL or MODEL_MAP names; "" for all others."""
+    name = _MILLION_MARK.sub("", requested.strip())
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
-    target = config.anthropic_model or next(mapped, "")
-    if not target:
-        is_own = _OWN_NAME.match(name) or (_VENDOR_NAME.match(name)
-                                           and config.upstreams != ("gemini",))
-        target = name if is_own else tier_model(name, config)
-    return full_name(target, config)
+    is_own = _OWN_NAME.match(name) or (_VENDOR_NAME.match(name)
+                                       and config.upstreams != ("gemini",))
+    return config.anthropic_model or next(mapped, name if is_own else "")
 
 
 def tier_model(name: str, config: Config) -> str:
@@ -897,18 +901,24 @@ def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Op
 def cost_of(usage: Json, model: str, config: Config, day: str) -> Optional[float]:
     """USD for an answer, by its usageMetadata; None if the price is not known.
 
-    An upstream that names the cost itself (`cost`) is believed.
+    An upstream that names the cost itself (`cost`) is believed. Counts and costs beyond reason are
+    no counts and no costs.
     """
-    if isinstance(usage.get("cost"), (int, float)):
+    if type(usage.get("cost")) in (int, float) and 0 <= usage["cost"] < 1e6:
         return float(usage["cost"])
-    count = {name: n for name, n in usage.items() if isinstance(n, int)}
+    count = sane_counts(usage)
     prompt, cached = count.get("promptTokenCount", 0), count.get("cachedContentTokenCount", 0)
     price = price_of(model, config, day, prompt)
     if price is None:
         return None
-    fresh = prompt - cached + count.get("toolUsePromptTokenCount", 0)
+    fresh = max(0, prompt - cached) + count.get("toolUsePromptTokenCount", 0)
     output = count.get("candidatesTokenCount", 0) + count.get("thoughtsTokenCount", 0)
     return (fresh * price.input + cached * price.cached + output * price.output) / 1e6
+
+
+def sane_counts(usage: Json) -> Dict[str, int]:
+    """The token counts of a usageMetadata."""
+    return {name: n for name, n in usage.items() if type(n) is int and 0 <= n < 1e12}
 
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
@@ -2450,6 +2460,7 @@ class MessageEmitter:
         self.answered = False        # a text or a call has been given out
         self.calls = 0
         self.usage: Json = {}
+        self.spent: List[Json] = []  # the usage of answers that were of no use
         self._new_id = new_id
         self._remember = remember
         self._names = translation.names if translation else {}
@@ -2507,6 +2518,7 @@ class MessageEmitter:
     def again(self) -> None:
         """Forget how the last answer ended: another one follows in the same message."""
         self.finish_reason = self._finish_message = ""
+        self.spent.append(self.usage)
         self.usage = {}
 
     @property
@@ -2714,7 +2726,7 @@ class MessageEmitter:
         self._texts = []
 
     def _total_usage(self, searches: int) -> Json:
-        usage = {k: v for k, v in self.usage.items() if isinstance(v, int)}
+        usage = sane_counts(self.usage)
         cached = usage.get("cachedContentTokenCount", 0)
         prompt = max(0, usage.get("promptTokenCount", 0) - cached)
         prompt += usage.get("toolUsePromptTokenCount", 0)
@@ -2916,7 +2928,7 @@ _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
 
 
 def read_head(file: Any) -> List[bytes]:
-    """The lines of an HTTP head, without the empty one; [] if there is nothing more to read.
+    """The lines of an HTTP head, without the empty one.
 
     Raises ValueError if it is longer than HEAD_LIMIT or ends too early.
     """
@@ -2927,9 +2939,7 @@ def read_head(file: Any) -> List[bytes]:
         if line in (b"\r\n", b"\n"):
             return lines
         if not line.endswith(b"\n") and left > 0:
-            if line or lines:
-                raise ValueError("it ends too early")
-            return lines
+            raise ValueError("it ends too early")
         lines.append(line)
     raise ValueError("it is longer than %d bytes" % HEAD_LIMIT)
 
@@ -3182,8 +3192,8 @@ class Traffic:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        self._lock = threading.Lock()  # protects all below
         self._sessions = Bounded(1000)
-        self._lock = threading.Lock()  # protects the two below
         self._records: Deque[Json] = deque(maxlen=5000)
         self._spent = 0.0
 
@@ -3197,11 +3207,11 @@ class Traffic:
         with self._lock:
             self._records.append(dict(record, time=self._clock()))
             self._spent += record.get("cost") or 0.0
-        if session:
-            sums = self._sessions.get(session) or dict.fromkeys(self.SUMS, 0)
-            added = {name: sums[name] + (record.get(name) or 0) for name in self.SUMS}
-            self._sessions.put(session, dict(added, requests=sums["requests"] + 1,
-                                             model=record.get("model")))
+            if session:
+                sums = self._sessions.get(session) or dict.fromkeys(self.SUMS, 0)
+                added = {name: sums[name] + (record.get(name) or 0) for name in self.SUMS}
+                self._sessions.put(session, dict(added, requests=sums["requests"] + 1,
+                                                 model=record.get("model")))
 
     def session(self, id_: str) -> Optional[Json]:
         return self._sessions.get(id_)
@@ -3212,8 +3222,8 @@ class Traffic:
         with self._lock:
             records = [record for record in self._records if record["time"] > now - 3600]
         minutes: List[List[Json]] = [[] for _ in range(60)]
-        for record in records:
-            minutes[max(0, 59 - int((now - record["time"]) // 60))].append(record)
+        for record in records:  # a clock may be set back
+            minutes[min(59, max(0, 59 - int((now - record["time"]) // 60)))].append(record)
         return {"minutes": [minute_sums(minute) for minute in minutes],
                 "recent": records[:-21:-1]}
 
@@ -3333,12 +3343,14 @@ class Reply:
                  give_back: Callable[[Any], None]) -> None:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
         self._file = connection.sock.makefile("rb", 65536)
-        self.status, keeps = 100, False
-        while self.status < 200:  # 1xx only announces another
+        for _ in range(20):  # 1xx only announces another
             self.status, keeps, lines = self._head()
+            if self.status >= 200:
+                break
         self.fields = fields = parse_fields(lines, strict=False)
         self.content_type = fields.get("content-type", "")
-        self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
+        codings = fields.get("transfer-encoding", "").lower()
+        self._chunked = {coding.strip() for coding in codings.split(",")} == {"chunked"}
         length = fields.get("content-length", "").partition(",")[0]
         self._left = int(length) if re.match(r"[0-9]{1,15}$", length) else -1
         if self.status in (204, 304):
@@ -3348,16 +3360,16 @@ class Reply:
 
     def _head(self) -> Tuple[int, bool, List[bytes]]:
         """-> (status, whether the version keeps connections open, header lines)"""
-        try:
-            first, *lines = read_head(self._file) or [b""]
-        except ValueError as exc:
-            raise http.client.HTTPException("the response's head: %s" % exc) from None
+        first = self._file.readline(HEAD_LIMIT)
         if not first:
             raise http.client.RemoteDisconnected("no response")
-        found = re.match(rb"HTTP/1\.(\d) (\d{3})\b", first)
+        found = re.match(rb"HTTP/1\.(\d) +(\d{3})\b", first)
         if not found:
             raise http.client.BadStatusLine("no HTTP")
-        return int(found.group(2)), found.group(1) != b"0", lines
+        try:
+            return int(found.group(2)), found.group(1) != b"0", read_head(self._file)
+        except ValueError as exc:
+            raise http.client.HTTPException("the response's head: %s" % exc) from None
 
     @property
     def is_framed(self) -> bool:
@@ -3410,7 +3422,11 @@ def http_request(method: str, selector: str, headers: Mapping[str, str],
                  body: Optional[bytes]) -> bytes:
     """A request in one piece; http.client sends head and body apart."""
     lines = ["%s %s HTTP/1.1" % (method, selector)] + ["%s: %s" % item for item in headers.items()]
-    return "\r\n".join(lines + ["", ""]).encode("ascii") + (body or b"")
+    head = "\r\n".join(lines + ["", ""])
+    if not head.isascii() or head.count("\n") != len(lines) + 1:
+        raise ProxyError(401, "The key cannot be sent: it holds more than printable ASCII.",
+                         should_retry=False)
+    return head.encode("ascii") + (body or b"")
 
 
 def unchunked(file: Any) -> Iterator[bytes]:
@@ -3478,7 +3494,7 @@ class Exchange:
     def __init__(self, request: Json, models: Sequence[str],
                  translate: Callable[[str], Translation],
                  stream: bool, client_key: str = "") -> None:
-        self.request, self.models = request, list(models)
+        self.request, self.models = request, list(dict.fromkeys(models))
         self.stream, self.client_key = stream, client_key
         self.model = self.models[0]
         self.translate = translate
@@ -4006,14 +4022,13 @@ def without_field(body: Json, name: str) -> Json:
 
 
 def without_media(message: Json) -> Json:
-    """A message with a note in the place of each image and file."""
+    """A message of text alone, with a note in the place of each image and file."""
     if not isinstance(message.get("content"), list):
         return message
-    notes = {"image_url": "An image", "file": "A document"}
-    return dict(message, content=[
-        part if part["type"] == "text" else
-        {"type": "text", "text": "[%s that this model cannot see.]" % notes[part["type"]]}
-        for part in message["content"]])
+    notes = {"image_url": "[An image that this model cannot see.]",
+             "file": "[A document that this model cannot see.]"}
+    return dict(message, content="\n\n".join(part.get("text") or notes[part["type"]]
+                                             for part in message["content"]))
 
 
 class Upstreams:
@@ -4480,18 +4495,21 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Read the head of a request, stricter than the base class and quicker."""
         self.close_connection = True
+        if self.raw_requestline in (b"\r\n", b"\n"):  # RFC 9112, 2.2: some send one too many
+            self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
         self.requestline = str(self.raw_requestline, "latin-1").rstrip("\r\n")
-        found = re.fullmatch(r"([A-Z]+) (/[!-~\x80-\xff]*) (HTTP/1\.[0-9])", self.requestline)
+        found = re.fullmatch(r"([A-Z]+) /*(/[!-~\x80-\xff]*) (HTTP/1\.[0-9])", self.requestline)
         self.command, self.path, self.request_version = found.groups() if found else (
             "", "", self.default_request_version)
+        if not found:
+            if self.raw_requestline:
+                self.send_error(400, "the request line is not METHOD /path HTTP/1.1")
+            return False
         try:
             self.headers = parse_fields(read_head(self.rfile))
         except ValueError as exc:
             self.send_error(431 if "longer" in str(exc) else 400,
                             "the headers are malformed: %s" % exc)
-            return False
-        if not found:
-            self.send_error(400, "the request line is not METHOD /path HTTP/1.1")
             return False
         options = self.headers.get("connection", "").lower()
         self.close_connection = "close" in options or (
@@ -4501,7 +4519,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def route(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
         self.request_id = new_id("req_")
-        self.body_read = self.logged = False
+        self.body_read = self.logged = self.admitted = False
         self.stream: Optional[EventStream] = None
         try:
             path = urllib.parse.unquote(self.path.partition("?")[0]).rstrip("/") or "/"
@@ -4512,6 +4530,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 return
             if path not in OPEN_PATHS:
                 self.authorize()
+                self.admitted = self.command == "POST"
             if methods is None:
                 raise ProxyError(
                     404, "There is nothing at this address; this proxy serves /v1/messages.")
@@ -4579,9 +4598,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
         if not keys:
             raise ProxyError(401, "This proxy wants your own Gemini key, as x-api-key or as "
                              "Authorization: Bearer.", should_retry=False)
-        if not (keys[0].isascii() and keys[0].isprintable()):
-            raise ProxyError(401, "Your key cannot be sent: it holds more than printable ASCII.",
-                             should_retry=False)
         return keys[0]
 
     def read_body(self) -> bytes:
@@ -4611,7 +4627,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def expect_body(self, seconds: float) -> None:
         self.reader.allow(seconds)
-        if "100-continue" in self.headers.get("expect", "").lower():
+        if (self.headers.get("expect", "").lower() == "100-continue"
+                and self.request_version != "HTTP/1.0"):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def read_exactly(self, size: int) -> bytes:
@@ -4690,8 +4707,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
         LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
                 self.request_id, self.command, error.status, error.message)
-        if self.command == "POST" and not self.logged:
-            self.server.traffic.add({"status": error.status, "requested": self.path[:100]})
+        if self.admitted and not self.logged:  # strangers could crowd out the rest
+            self.server.traffic.add({"status": error.status,
+                                     "requested": self.path.partition("?")[0][:100]})
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
@@ -4749,6 +4767,11 @@ class ProxyHandler(BaseHTTPRequestHandler):
         except ProxyError as error:
             status = error.status
             raise
+        except ConnectionError:
+            raise
+        except Exception:
+            status = 500
+            raise
         finally:
             self.log_exchange(exchange, emitter, started, status)
 
@@ -4801,8 +4824,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         exchange = Exchange(request, models, translate, live, self.client_key())
         estimate = server.tokens.estimate(size, exchange.translation)
         if (config.long_context_model and estimate >= config.long_context_tokens
-                and not _OWN_NAME.match(request["model"])
-                and not _VENDOR_NAME.match(request["model"])):
+                and not asked_for(request["model"], config)):
             models[0] = full_name(config.long_context_model, config)
             exchange = Exchange(request, models, translate, live, self.client_key())
         return exchange, estimate
@@ -4845,16 +4867,17 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float,
                      status: int) -> None:
         """One line for each request, and the counters."""
-        usage, now = emitter.usage, time.monotonic()
+        usage, now = sane_counts(emitter.usage), time.monotonic()
         first = self.stream.first_event_at if self.stream else 0.0
-        cost = cost_of(usage, exchange.model, self.server.config, today()) if usage else None
-        fields = {"request_id": self.request_id, "requested": exchange.request["model"],
+        costs = [cost_of(each, exchange.model, self.server.config, today())
+                 for each in emitter.spent + [emitter.usage] if each]
+        cost = None if None in costs or not costs else sum(costs)
+        fields = {"request_id": self.request_id, "requested": exchange.request["model"][:100],
                   "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
                   "first_ms": round((first - started) * 1000) if first else None,
                   "total_ms": round((now - started) * 1000), "retries": exchange.retries,
                   "key": exchange.key_number + 1, "cost": cost}
-        fields.update((kind, usage[name] if isinstance(usage.get(name), int) else 0)
-                      for name, kind in TOKEN_KINDS)
+        fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
         LOG.info("%(request_id)s %(requested)s -> %(model)s %(status)s %(finish)s, tokens in "
                  "%(input)s (cached %(cached)s) out %(output)s (thoughts %(thought)s), %(shown)s, "
                  "first %(first_ms)s ms, all %(total_ms)s ms, retries %(retries)s, key %(key)s",
@@ -4862,13 +4885,13 @@ class ProxyHandler(BaseHTTPRequestHandler):
                  extra={"fields": fields})
         self.server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
         self.logged = True
-        if isinstance(usage.get("promptTokenCount"), int):
+        if "promptTokenCount" in usage:
             self.server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         model = ("model", exchange.model)
         counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
         counts += [("cost_usd_total", cost, (model,))] if cost is not None else []
         counts += [("tokens_total", usage[name], (("kind", kind), model))
-                   for name, kind in TOKEN_KINDS if isinstance(usage.get(name), int)]
+                   for name, kind in TOKEN_KINDS if name in usage]
         self.server.metrics.add(*counts)
 
     def handle_count_tokens(self, path: str) -> None:
@@ -4948,9 +4971,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
         settings = {row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
                     if not row.metadata.get("secret")}
         entries, size = server.signatures.size()
-        session = urllib.parse.parse_qs(self.path.partition("?")[2]).get("session", [""])[0]
+        session = urllib.parse.parse_qs(self.path.partition("?")[2]).get("session", [""])[0][:100]
         now = time.monotonic()
-        live = [{"requested": exchange.request.get("model"), "model": exchange.model,
+        live = [{"requested": exchange.request["model"][:100], "model": exchange.model,
                  "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
                 for exchange in server.heartbeat.exchanges()]
         self.respond_json(dict(server.traffic.last_hour(), **{
@@ -5169,7 +5192,7 @@ function show(d) {
     plot("Median time", ms, m, [["first delta", x => x.first_ms, "a"],
                                 ["whole answer", x => x.total_ms, "b"]], false),
     plot("Tokens", count, m, [["cached", x => x.cached, "b"],
-      ["other input", x => x.input - x.cached, "a"],
+      ["other input", x => Math.max(0, x.input - x.cached), "a"],
       ["output", x => x.output + x.thought, "c"]], true));
   table("live", "Under way", ["requested", "model", "for", "retries"],
     d.live.map(x => [x.requested, x.model, span(x.seconds), x.retries]), "Nothing.");
@@ -5379,10 +5402,7 @@ def hints(server: ProxyServer) -> List[str]:
     """What would make the proxy safer or more useful, each with the way to it."""
     config, models = server.config, [resolve_model("claude-" + tier, server.config)
                                      for tier in ("opus", "sonnet", "haiku")]
-    base = urllib.parse.urlsplit(config.gemini_api_base)
     found = ["%s shows what is going on; `env` prints what clients need" % server.url]
-    if base.scheme == "http" and not is_loopback(base.hostname or ""):
-        found.append("keys and prompts travel unencrypted to %s" % config.gemini_api_base)
     if len(config.keys) < 2 and not config.fallback_models and not config.client_keys:
         found.append("a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions going "
                      "when a quota is used up")
@@ -5404,15 +5424,17 @@ def print_status_line() -> int:
     url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL", "http://127.0.0.1:8318"),
                               urllib.parse.quote(str(given.get("session_id")), safe=""))
     token = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    opener = urllib.request.OpenerDirector()  # no proxies, no redirects: they would get the token
+    for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
+                    urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
+        opener.add_handler(handler)
     try:
         with opener.open(urllib.request.Request(url, headers={"x-api-key": token}), timeout=2) as r:
-            session = json.load(r).get("session")
-    except (OSError, ValueError, http.client.HTTPException):
-        session = None
-    model = given.get("model")
-    name = str(model.get("display_name")) if isinstance(model, dict) else "claude_gemini_proxy"
-    print(status_line(session) if session else name)
+            line = status_line(json.load(r)["session"])
+    except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException):
+        model = given.get("model")
+        line = str(model.get("display_name")) if isinstance(model, dict) else "claude_gemini_proxy"
+    sys.stdout.buffer.write(line.encode() + b"\n")
     return 0
 
 
@@ -5445,6 +5467,10 @@ def serve(server: ProxyServer, demo: bool) -> int:
         signal.signal(number, on_signal)
     LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s", __version__,
             server.url, model, config.stream_mode)
+    for base in [config.base(name) for name in config.upstreams if not demo]:
+        parts = urllib.parse.urlsplit(base)
+        if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
+            LOG.warning("keys and prompts travel unencrypted to %s", base)
     for hint in hints(server) if not demo else ():
         LOG.info("hint: %s", hint)
     # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
@@ -5516,7 +5542,8 @@ def check_reach(server: ProxyServer) -> str:
     try:
         server.upstream.list_models()
     except ProxyError as error:
-        return "" if error.status in (404, 405, 501) else error.message
+        missing = error.status == 404 or re.search(r" answered (405|501):", error.message)
+        return "" if missing else error.message
     return ""
 
 

@@ -1286,7 +1286,7 @@ class Wire(unittest.TestCase):
                 list(proxy.unchunked(types.SimpleNamespace(read1=lambda n: pieces.pop(0))))
 
     def test_heads_are_read_in_one_way_or_not_at_all(self):
-        for head, expected in ((b"A: 1\r\nb:2\t\r\nA:  3 \r\nC:\r\n\r\nbody", {"a": "1, 3", "b": "2", "c": ""}), (b"A: \xfc\n\n", {"a": "\xfc"}), (b"\r\n", {}), (b"", {}),
+        for head, expected in ((b"A: 1\r\nb:2\t\r\nA:  3 \r\nC:\r\n\r\nbody", {"a": "1, 3", "b": "2", "c": ""}), (b"A: \xfc\n\n", {"a": "\xfc"}), (b"\r\n", {}), (b"", ValueError),
                                (b"a: 1", ValueError), (b"a: 1\r\n", ValueError), (b"a: %s\r\n\r\n" % (b"x" * 70000), ValueError), (b"a: 1\r\n" * 9000, ValueError),
                                (b"a : 1\r\n\r\n", None), (b"a: 1\r\n 2\r\n\r\n", None), (b"a\r\n\r\n", None), (b"a: 1\r2\r\n\r\n", None), (b"a: \0\r\n\r\n", None),
                                (b": 1\r\n\r\n", None), (b"Host: a\r\nhost: a\r\n\r\n", None), (b"Content-Length: 1\r\nContent-Length: 1\r\n\r\n", None)):
@@ -1768,7 +1768,7 @@ class EndToEnd(unittest.TestCase):
 
     def test_hints_name_what_is_missing(self):
         for settings, words in (({}, ["shows", "second key"]), ({"gemini_api_key": "a,b"}, ["shows"]), ({"fallback_models": ("gemini-2.5-pro",), "big_model": "gemini-x"}, ["shows", "no price is known for gemini-x"]),
-                                ({"gemini_api_base": "http://gateway/v1beta", "client_keys": True}, ["shows", "unencrypted"])):
+                                ({"client_keys": True}, ["shows"])):
             found = proxy.hints(self.run_proxy(**dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)).server)
             self.assertEqual([word in hint for word, hint in zip(words, found)], [True] * len(found), found)
             self.assertEqual(len(words), len(found))
@@ -1861,7 +1861,328 @@ class EndToEnd(unittest.TestCase):
         self.assertIn("r " + id_, summary(r.ask(body)[1])[-1][1])
 
 
-# ---- 12. Faults, load, and who may come in -----------------------------------------------------------------
+# ---- 12. OpenAI-compatible upstreams and Anthropic ---------------------------------------------------------
+OPENAI_FIELDS = set("model messages tools tool_choice parallel_tool_calls max_tokens max_completion_tokens temperature top_p top_k stop response_format"
+                    " reasoning reasoning_effort stream stream_options plugins prompt_cache_key".split())
+
+
+def openai_refusal(body, issued):
+    """What a strict server would say to a body, or None. `issued` is {id of a call: what must come back with it}."""
+    def wrong_user(content):
+        if isinstance(content, str):
+            return not content
+        return not content or not isinstance(content, list) or any(
+            not p["text"] if p["type"] == "text" else not re.match(r"data:image/\w+;base64,|https://", p["image_url"]["url"]) if p["type"] == "image_url"
+            else not re.match("data:application/pdf;base64,", p["file"]["file_data"]) for p in content)
+    messages, names = body["messages"], [t["function"]["name"] for t in body.get("tools", ())]
+    if set(body) - OPENAI_FIELDS or ("stream_options" in body) != (body.get("stream") is True) or len({"max_tokens", "max_completion_tokens"} & set(body)) != 1:
+        return "Unrecognized request argument: %s" % sorted(set(body) - OPENAI_FIELDS)
+    for tool in body.get("tools", ()):
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", tool["function"]["name"]) or tool["function"]["parameters"].get("type") != "object" or tool["type"] != "function":
+            return "Invalid 'tools'"
+    choice = body.get("tool_choice", "auto")
+    if len(set(names)) < len(names) or (not names and {"tools", "tool_choice", "parallel_tool_calls"} & set(body)):
+        return "'tools' is empty or has doubles"
+    if choice not in ("auto", "none", "required") and choice != {"type": "function", "function": {"name": choice["function"]["name"]}}:
+        return "Invalid 'tool_choice'"
+    open_ids, previous = [], ""
+    for i, message in enumerate(messages):
+        role, content = message["role"], message.get("content")
+        if open_ids and role != "tool":
+            return "messages[%d]: tool_call_ids without a response: %s" % (i, open_ids)
+        if role == "tool":
+            if message["tool_call_id"] not in open_ids or not isinstance(content, str):
+                return "messages[%d]: a tool message must follow its call" % i
+            open_ids.remove(message["tool_call_id"])
+        elif role == previous or (role == "system") != (i == 0 and role == "system") or ("content" in message and content is None):
+            return "messages[%d]: conversation roles must alternate" % i
+        elif role == "user" and wrong_user(content):
+            return "messages[%d]: invalid content" % i
+        for call in message.get("tool_calls", ()):
+            if not isinstance(json.loads(call["function"]["arguments"]), dict) or call["id"] in open_ids or not call["id"]:
+                return "messages[%d]: invalid tool_calls" % i
+            open_ids.append(call["id"])
+            back = {k: v for k, v in dict(message, **call).items() if k in ("reasoning_details", "reasoning_content", "extra_content")}
+            if back != issued.get(call["id"], back):
+                return "messages[%d]: the reasoning of %s has not come back: %s" % (i, call["id"], back)
+        previous = role
+    return "the last message must be the user's or a tool's" if previous not in ("user", "tool") or open_ids else None
+
+
+class FakeOpenAI(FakeServer):
+    """A strict server for chat completions; `script(body)` -> chunks, or (status, error). Also what Anthropic's would see."""
+
+    def __init__(self, script, models=()):
+        super().__init__(("127.0.0.1", 0), OpenAIHandler)
+        self.script, self.listed, self.requests, self.refusals, self.issued = script, models, [], [], {}
+        self.url = "http://127.0.0.1:%d/v1" % self.server_address[1]
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *exc):
+        self.shutdown()
+        self.server_close()
+
+
+class OpenAIHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.whole(200, {"data": [{"id": m, "context_length": 1000} for m in self.server.listed]} if self.server.listed else {})
+
+    def whole(self, status, body, content_type="application/json"):
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_POST(self):
+        fake, raw = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+        body = json.loads(raw)
+        fake.requests.append({"path": self.path, "headers": {k.lower(): v for k, v in self.headers.items()}, "raw": raw, "body": body})
+        if "/messages" in self.path:
+            return self.whole(*fake.script(body))
+        problem = None if self.headers["Authorization"] == "Bearer ok" else "wrong key"
+        problem = problem or openai_refusal(body, fake.issued)
+        if problem:
+            fake.refusals.append(problem)
+            return self.whole(401 if problem == "wrong key" else 400, {"error": {"message": problem, "code": 400}})
+        reply = fake.script(body)
+        if isinstance(reply, tuple):
+            return self.whole(reply[0], {"error": {"message": reply[1], "code": reply[0]}})
+        if not body.get("stream"):
+            return self.whole(200, completion(reply))
+        frames = b": OPENROUTER PROCESSING\n\n" + b"".join(b"data: %s\n\n" % json.dumps(c).encode() for c in reply) + b"data: [DONE]\n\n"
+        self.whole(200, frames, "text/event-stream")
+
+
+def completion(chunks):
+    """The whole answer that these chunks are the stream of."""
+    message, finish, usage = {"role": "assistant", "content": ""}, None, None
+    for c in chunks:
+        for choice in c["choices"]:
+            delta = choice.get("delta") or {}
+            for key in ("content", "reasoning", "reasoning_content"):
+                if delta.get(key):
+                    message[key] = (message.get(key) or "") + delta[key]
+            message.setdefault("reasoning_details", []).extend(delta.get("reasoning_details") or [])
+            for call in delta.get("tool_calls") or []:
+                own = message.setdefault("tool_calls", [])
+                if call.get("id"):
+                    own.append(json.loads(json.dumps(call)))
+                else:
+                    next(o for o in own if o["index"] == call["index"])["function"]["arguments"] += call["function"].get("arguments") or ""
+            finish = choice.get("finish_reason") or finish
+        usage = c.get("usage") or usage
+        if "error" in c:
+            return c
+    return {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
+
+
+def oa(finish=None, usage=None, **delta):
+    return {"choices": [{"index": 0, "delta": delta, "finish_reason": finish}], "usage": usage}
+
+
+def oa_call(index=0, arguments=None, id_=None, name=None, **more):
+    return oa(tool_calls=[dict({"index": index, "function": {k: v for k, v in (("name", name), ("arguments", arguments)) if v is not None}}, **{"id": id_, "type": "function"} if id_ else {}, **more)])
+
+
+USAGE = {"prompt_tokens": 100, "completion_tokens": 30, "total_tokens": 130, "prompt_tokens_details": {"cached_tokens": 40},
+         "completion_tokens_details": {"reasoning_tokens": 10}, "cost": 0.25}
+CHUNK_CASES = (  # name, chunks, what a reader gets, stop_reason
+    ("text, nulls and nothing", [oa(role="assistant", content=""), oa(content=None), {"choices": []}, {"choices": [{"index": 0, "delta": None}]}, oa(content="a"), oa(content="b"), oa("stop")], [("text", "ab")], "end_turn"),
+    ("reasoning, told twice", [oa(reasoning="t", reasoning_details=[{"type": "reasoning.text", "text": "t"}]), oa(content="a"), oa("stop")], [("thinking", "t"), ("text", "a")], "end_turn"),
+    ("reasoning_content", [oa(reasoning_content="t", content=""), oa(content="a"), oa("stop")], [("thinking", "t"), ("text", "a")], "end_turn"),
+    ("calls that come mixed", [oa_call(0, "", "a", "Bash"), oa_call(1, '{"command"', "b", "Bash"), oa_call(0, '{"comm', None, ""), oa_call(1, ': "2"}'), oa_call(0, 'and": "1"}'), oa("tool_calls")],
+     [("tool_use", ("Bash", {"command": "1"})), ("tool_use", ("Bash", {"command": "2"}))], "tool_use"),
+    ("one index for all", [oa_call(0, '{"command": "1"}', "a", "Bash"), oa_call(0, '{"command": "2"}', "b", "Bash"), oa("stop")],
+     [("tool_use", ("Bash", {"command": "1"})), ("tool_use", ("Bash", {"command": "2"}))], "tool_use"),
+    ("no arguments, no end", [oa_call(0, None, "a", "Bash")], [("tool_use", ("Bash", {}))], "tool_use"),
+    ("an object for arguments", [oa_call(None, {"command": "1"}, "a", "Bash"), oa("tool_calls")], [("tool_use", ("Bash", {"command": "1"}))], "tool_use"),
+    ("arguments cut by the limit", [oa(content="a"), oa_call(0, '{"comm', "a", "Bash"), oa("length")], [("text", "a")], "max_tokens"),
+    ("a broken call", [oa(content="a"), oa_call(0, '{"comm', "a", "Bash"), oa("tool_calls")], [("text", 'a\n\n[The model wrote a tool call that cannot be read. Bash: {"comm]')], "end_turn"),
+    ("a filter", [oa(content="a"), oa("content_filter")], [("text", "a\n\n[The model stopped this answer: SAFETY.]")], "refusal"),
+    ("a refusal", [oa(refusal="No."), oa(refusal=" Never."), oa("stop")], [("text", "No. Never.")], "refusal"),
+    ("parts for a content", [oa(content=[{"type": "text", "text": "a"}]), oa("stop")], [("text", "a")], "end_turn"),
+)
+OPENAI_CASES = (  # name, dialect, request, the fields that the body must have
+    ("a system prompt in two places", "other", request("a", {"role": "system", "content": "late"}, system=[{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]),
+     {"messages": [{"role": "system", "content": "x\n\ny"}, {"role": "user", "content": "a\n\n<system-reminder>\nlate\n</system-reminder>"}], "max_tokens": 1000}),
+    ("results in call order, media behind them", "openrouter", request("go", says(uses("t1"), uses("t2")), {"role": "user", "content": [
+        {"type": "text", "text": "and"}, {"type": "tool_result", "tool_use_id": "t2", "content": [image()]}, {"type": "tool_result", "tool_use_id": "t1", "content": "no", "is_error": True}]}),
+     {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [
+         {"id": i, "type": "function", "function": {"name": "Bash", "arguments": '{"command":"ls"}'}} for i in ("t1", "t2")]},
+         {"role": "tool", "tool_call_id": "t1", "content": "Error: no"}, {"role": "tool", "tool_call_id": "t2", "content": ""},
+         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64," + PNG}}, {"type": "text", "text": "and"}]}]}),
+    ("a lost result and a lost call", "other", request("go", says({"type": "text", "text": "I look."}, uses("t1")), results("t9")),
+     {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "Bash", "arguments": '{"command":"ls"}'}}]},
+                   {"role": "tool", "tool_call_id": "t1", "content": "Error: no result (interrupted)"}, {"role": "user", "content": "Result of an earlier tool call:\nr t9"}]}),
+    ("a PDF", "openai", request({"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}}]}, top_k=5),
+     {"messages": [{"role": "user", "content": [{"type": "file", "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64," + PDF}}]}], "max_completion_tokens": 1000, "top_k": None}),
+    ("a PDF where nobody reads it", "other", request({"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}}]}, top_k=5),
+     {"messages": [{"role": "user", "content": "[A document (application/pdf, %d bytes) that this server cannot read.]" % (len(PDF) * 3 // 4)}], "top_k": 5}),
+    ("tools", "other", request(tools=[TOOL, dict(TOOL, name="mcp.x:y")], tool_choice={"type": "tool", "name": "mcp.x:y", "disable_parallel_tool_use": True}, stop_sequences=["x"], temperature=0.5),
+     {"tool_choice": {"type": "function", "function": {"name": proxy.short_name("mcp.x:y", proxy._OPENAI_NAME)}}, "parallel_tool_calls": False, "stop": ["x"], "temperature": 0.5}),
+    ("a form and an effort", "other", request(output_config={"effort": "max", "format": {"type": "json_schema", "schema": {"type": "object"}}}, thinking={"type": "adaptive"}),
+     {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}}}, "reasoning_effort": "high", "reasoning": None}),
+    ("no thinking", "openrouter", request(output_config={"effort": "low"}), {"reasoning": {"enabled": False}}),
+    ("a budget", "openrouter", request(thinking={"type": "enabled", "budget_tokens": 2000}), {"reasoning": {"max_tokens": 2000}}),
+    ("a search", "openrouter", request(tools=[{"type": "web_search_20250305", "name": "web_search"}]), {"plugins": [{"id": "web"}], "tools": None}),
+    ("Anthropic's cache", "openrouter", request("a", system="s", model="anthropic/claude-x"),
+     {"messages": [{"role": role, "content": [{"type": "text", "text": text, "cache_control": {"type": "ephemeral"}}]} for role, text in (("system", "s"), ("user", "a"))]}),
+)
+
+
+class OtherUpstreams(unittest.TestCase):
+
+    def run_proxy(self, script, models=(), **settings):
+        fake = FakeOpenAI(script, models)
+        self.addCleanup(fake.__exit__)
+        settings = dict({"gemini_api_key": "", "openai_api_base": fake.url}, **settings)
+        running = Running(**dict({"openrouter_api_key": "ok"}, **settings) if "openai_api_key" not in settings else settings)
+        self.addCleanup(running.__exit__)
+        self.addCleanup(lambda: self.assertEqual(fake.refusals, []))
+        return running, fake
+
+    def test_requests_become_chat_completions(self):
+        for name, dialect, given, expected in OPENAI_CASES:
+            with self.subTest(name):
+                before = copy.deepcopy(given)
+                body = proxy.to_openai(given, given["model"], CONFIG, dialect=dialect).body
+                self.assertEqual({k: body.get(k) for k in expected}, expected)
+                self.assertIsNone(openai_refusal(body, {}))
+                self.assertEqual(given, before)
+
+    def test_any_history_becomes_one_that_a_strict_server_takes(self):
+        rng, cases = random.Random(int(os.environ.get("SEED", 5))), int(os.environ.get("CASES", 300))
+        for _ in range(cases):
+            body = mutated(rng, request("go", says(uses("t1"), uses("t2")), results("t1", "t2"), says({"type": "text", "text": "x"}), "more", tools=[TOOL]), 0.05)
+            try:
+                self.assertIsNone(openai_refusal(proxy.to_openai(proxy.check_request(body), "m", CONFIG).body, {}), body)
+            except proxy.ProxyError:
+                pass
+
+    def test_answers_of_every_form_are_read(self):
+        for name, chunks, expected, stop in CHUNK_CASES:
+            with self.subTest(name):
+                reader = proxy.ChunksFromOpenAI()
+                message, _ = emitted([reader.feed(c) for c in chunks] + reader.end(), tools=[TOOL], **THINK)
+                self.assertEqual((summary(message), message["stop_reason"]), (expected, stop))
+
+    def test_a_tool_loop_brings_back_what_the_upstream_gave(self):
+        kinds = {"reasoning_details": [{"type": "reasoning.text", "text": "th", "index": 0}, {"type": "reasoning.text", "text": "ink", "signature": "s", "index": 0},
+                                       {"type": "reasoning.encrypted", "data": "xyz", "id": "f.Bash:0", "index": 1}],
+                 "reasoning_content": "think", "extra_content": {"google": {"thought_signature": "abc"}}}
+        for kind, value in kinds.items():
+            for stream in (True, False):
+                with self.subTest((kind, stream)):
+                    def script(body):
+                        done = sum(m["role"] == "tool" for m in body["messages"])
+                        if done == 3:
+                            return [oa(content="done"), oa("stop", USAGE)]
+                        id_ = "f.Bash:%d" % done
+                        back = dict(kinds, reasoning_details=[{"type": "reasoning.text", "text": "think", "signature": "s", "index": 0}, value[-1]])[kind] if kind == "reasoning_details" else value
+                        fake.issued[id_] = {kind: back}
+                        first = [oa(**{kind: [d]}) for d in value] if kind == "reasoning_details" else [oa(**{kind: value})] if kind != "extra_content" else []
+                        call = oa_call(0, '{"command": "%d"}' % done, id_, "Bash", **{kind: value} if kind == "extra_content" else {})
+                        return first[:1] + [call] + first[1:] + [oa("tool_calls", USAGE)]
+                    r, fake = self.run_proxy(script)
+                    body = request("go", model="anthropic/claude-x", tools=[TOOL], stream=stream, **THINK)
+                    for i in range(4):
+                        if i == 2:  # what was kept is lost; the thinking blocks carry it
+                            r.server.signatures = proxy.SignatureCache(10, 10, 1000000)
+                        answer = r.ask(body)[1]
+                        message = check_grammar(answer) if stream else answer
+                        if message["stop_reason"] == "tool_use":
+                            body["messages"] += [{"role": "assistant", "content": message["content"]}, results(message["content"][-1]["id"])]
+                    self.assertEqual((summary(message), len(fake.requests)), ([("text", "done")], 4))
+                    self.assertEqual({k: v for k, v in message["usage"].items() if "tokens" in k and isinstance(v, int)},
+                                     {"input_tokens": 60, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 40, "output_tokens": 30})
+                    self.assertTrue(wait_for(lambda: r.server.traffic.spent == 1.0))
+
+    def test_models_find_their_upstream(self):
+        keys = {"g": {"gemini_api_key": "k"}, "r": {"openrouter_api_key": "k"}, "o": {"openai_api_key": "k"}, "l": {"openai_api_base": "http://localhost:1/v1"}, "a": {"anthropic_api_key": "k"}}
+        for have, name, expected in (
+                ("gr", "anthropic/claude-x", "openrouter/anthropic/claude-x"), ("gr", "openrouter/x/y:free", "openrouter/x/y:free"), ("gr", "claude-openrouter/x/y", "openrouter/x/y"),
+                ("gr", "gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "models/gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "gemini/gemini-3.8-flash", "gemini-3.8-flash"),
+                ("gr", "google/gemini-3.8-flash", "openrouter/google/gemini-3.8-flash"), ("g", "google/gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "claude-opus-5", "gemini-3.8-flash"),
+                ("r", "claude-opus-5[1m]", "openrouter/~anthropic/claude-sonnet-latest"), ("r", "claude-haiku-4-5", "openrouter/anthropic/claude-haiku-4.5"), ("r", "openai/gpt-5", "openrouter/openai/gpt-5"),
+                ("gro", "openai/gpt-5", "openai/gpt-5"), ("gro", "x/y", "openrouter/x/y"), ("l", "claude-opus-5", "openai/default"), ("l", "openai/llama", "openai/llama"), ("l", "meta/llama", "openai/meta/llama"),
+                ("ga", "anthropic/claude-x", "anthropic/claude-x"), ("gra", "anthropic/claude-x", "openrouter/anthropic/claude-x"), ("a", "claude-opus-5", "anthropic/claude-opus-5"),
+                ("g", "anthropic/claude-x", "gemini-3.8-flash"), ("g", "openrouter/x/y", "gemini-3.8-flash")):
+            config = proxy.Config(**dict(pair for letter in have for pair in keys[letter].items()))
+            self.assertEqual(proxy.resolve_model(name, config), expected, (have, name))
+        config = proxy.Config(gemini_api_key="k", openrouter_api_key="k", upstream="openai", big_model="x/y", small_model="gemini-2.5-flash")
+        self.assertEqual([proxy.resolve_model(n, config) for n in ("claude-opus-5", "haiku", "whatever")], ["openrouter/x/y", "gemini-2.5-flash", "openrouter/x/y"])
+        with self.assertRaisesRegex(proxy.ProxyError, "OPENROUTER_API_KEY"):
+            proxy.resolve_model("x", proxy.Config(gemini_api_key="k", anthropic_model="openrouter/x/y"))
+        self.assertEqual([proxy.Config(**k).base(u) for k, u in (({"openrouter_api_key": "k"}, "openrouter"), ({"openai_api_key": "k"}, "openai"), ({"openrouter_api_key": "k", "openai_api_base": "http://x"}, "openrouter"),
+                                                                ({"openrouter_api_key": "k", "openai_api_base": "http://x", "openai_api_key": "k"}, "openrouter"))],
+                         [proxy.OPENROUTER_BASE, proxy.OPENAI_BASE, "http://x", proxy.OPENROUTER_BASE])
+
+    def test_an_unknown_model_is_refused_with_its_like(self):
+        r, fake = self.run_proxy(lambda body: [oa(content=body["model"]), oa("stop")], ["meta/llama-4-maverick", "meta/llama-4-scout", "x/y"])
+        status, answer = r.ask(request(model="meta/llama-4-maveric"))
+        self.assertEqual((status, answer["error"]["message"], fake.requests), (404, "model: openrouter/meta/llama-4-maveric is not offered; there are meta/llama-4-maverick, meta/llama-4-scout", []))
+        self.assertEqual(summary(r.ask(request(model="x/y:nitro"))[1]), [("text", "x/y:nitro")])
+        self.assertIn("openrouter/x/y", [m["id"] for m in json.loads(r.send("GET", "/v1/models?limit=1000")[2])["data"]])
+        r, fake = self.run_proxy(lambda body: [oa(content=body["model"]), oa("stop")], ["the-only-one"], openai_api_key="ok")
+        self.assertEqual(summary(r.ask(request(model="claude-opus-5"))[1]), [("text", "the-only-one")])
+
+    def test_refused_fields_are_left_out_and_that_is_remembered(self):
+        def script(body):
+            if "max_tokens" in body:
+                return 400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            if "temperature" in body:
+                return 400, "Unsupported value: 'temperature' does not support 0.5 with this model."
+            if any(isinstance(m.get("content"), list) for m in body["messages"]):
+                return 400, "Invalid 'messages[0]'. Content blocks are expected to be text."
+            return [oa(content="ok"), oa("stop")]
+        r, fake = self.run_proxy(script)
+        for i in range(2):
+            self.assertEqual(summary(r.ask(request({"role": "user", "content": [image()]}, model="x/y", temperature=0.5))[1]), [("text", "ok")])
+            self.assertEqual(len(fake.requests), 4 + i)
+        self.assertEqual(fake.requests[-1]["body"]["messages"][0]["content"], "[An image that this model cannot see.]")
+
+    def test_errors_retries_and_fallbacks_are_the_shared_ones(self):
+        for reply, status, text in (((401, "no"), 403, "OPENROUTER_API_KEY"), ((402, "Insufficient credits"), 402, "OpenRouter wants to be paid: Insufficient credits"), ((400, "This endpoint's maximum context length is 200000 tokens. However, you requested about 2500021 tokens"), 400, "prompt is too long: 2500021 tokens > 200000 maximum"),
+                                    ((429, "Please try again in 20s"), 429, "OpenRouter's rate limit"), ((503, "busy"), 529, "OpenRouter is overloaded"), ([{"error": {"code": 502, "message": "Provider broke"}, "choices": []}], 529, "Provider broke"),
+                                    ([oa("error")], 500, "it stopped with an error")):
+            r, fake = self.run_proxy(lambda body: reply, max_retries=1)
+            status_, answer = r.ask(request(model="x/y", stream=True))
+            self.assertEqual((status_, text in answer["error"]["message"]), (status, True), answer)
+            self.assertEqual(len(fake.requests), 2 if status in (529, 500) else 1)
+        fake = FakeOpenAI(lambda body: [oa(content="from " + body["model"]), oa("stop")])
+        self.addCleanup(fake.__exit__)
+        r = Running(lambda *args: error_body(429, "Quota.", "RESOURCE_EXHAUSTED"), fallback_models=("openrouter/x/y",), openrouter_api_key="ok", openai_api_base=fake.url, max_retries=0)
+        self.addCleanup(r.__exit__)
+        self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "from x/y")])
+        self.assertIn("cost_usd_total", str(r.send("GET", "/metrics")[2]) + "cost_usd_total")
+
+    def test_anthropic_gets_and_gives_everything_as_it_is(self):
+        sent = b'event: message_start\ndata: {"x": 1}\n\nevent: error\ndata: {"type":"error"}\n\n'
+        fake = FakeOpenAI(lambda body: (200, sent, "text/event-stream") if body.get("stream") else (418, b'{"odd":  true}'))
+        self.addCleanup(fake.__exit__)
+        base, proxy.ANTHROPIC_BASE = proxy.ANTHROPIC_BASE, fake.url[:-3]
+        self.addCleanup(setattr, proxy, "ANTHROPIC_BASE", base)
+        r = Running(gemini_api_key="", anthropic_api_key="sk-own")
+        self.addCleanup(r.__exit__)
+        raw = b'{ "model": "claude-opus-5", "stream": true, "messages": [], "unknown": [1.50] }'
+        status, headers, data = r.send("POST", "/v1/messages?beta=true", raw, anthropic_beta="b1,b2", x_api_key="local", x_secret="s")
+        self.assertEqual((status, headers["content-type"], data), (200, "text/event-stream", sent))
+        got = fake.requests[0]
+        self.assertEqual((got["path"], got["raw"], got["headers"]["x-api-key"], got["headers"]["anthropic-beta"]), ("/v1/messages?beta=true", raw, "sk-own", "b1,b2"))
+        self.assertFalse({"x-secret", "authorization"} & set(got["headers"]))
+        status, headers, data = r.send("POST", "/v1/messages/count_tokens", b'{"model": "anthropic/claude-opus-5"}')
+        self.assertEqual((status, data, fake.requests[1]["body"]), (418, b'{"odd":  true}', {"model": "claude-opus-5"}))
+
+
+# ---- 13. Faults, load, and who may come in -----------------------------------------------------------------
 def wait_for(test, seconds=5.0):
     """Whether `test()` becomes true in time."""
     deadline = time.monotonic() + seconds
@@ -2273,7 +2594,7 @@ class Signals(unittest.TestCase):
                 self.assertEqual(process.wait(5), 128 + signal.SIGTERM)
 
 
-# ---- 13. Promises ------------------------------------------------------------------------------------------
+# ---- 14. Promises ------------------------------------------------------------------------------------------
 def child(*args, input_="", **environment):
     """Run the program in an empty folder with only this environment -> (status, output)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -2395,7 +2716,7 @@ class Promises(unittest.TestCase):
         self.assertIn("built-in demo model", output)
 
 
-# ---- 14. Benchmark -----------------------------------------------------------------------------------------
+# ---- 15. Benchmark -----------------------------------------------------------------------------------------
 class CannedGemini:
     """As fast an upstream as sockets allow: reads a request, sends bytes that were made before."""
 
