@@ -665,6 +665,10 @@ class Config:
         parse=_bool, help="true: log both bodies, cut and without keys"))
 
     def __post_init__(self) -> None:
+        for row in dataclasses.fields(self):  # a vendored copy may set what a shell would
+            value = getattr(self, row.name)
+            if isinstance(value, str) and not isinstance(row.default, str):
+                object.__setattr__(self, row.name, row.metadata["parse"](value))
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
                              "or leave HOST at 127.0.0.1" % self.host)
@@ -742,6 +746,10 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
     shell = [word for word in rest if word in SHELLS][:1] if command == "env" else []
     parser = build_parser()
     flags, unknown = parser.parse_known_args([word for word in own if word not in shell])
+    if command == "env" and unknown and not unknown[0].startswith("-"):
+        parser.error("env takes sh, fish or powershell")
+    if command == "run" and rest[:1] != ["--"] and rest and rest[0].startswith("-"):
+        parser.error("flags of the proxy stand before run, the client behind it")
     if unknown:  # not shown whole: it may be a key
         parser.error("not understood: %s (keys are not taken here, see below --help)" % (
             unknown[0].partition("=")[0] if unknown[0].startswith("-") else "an argument"))
@@ -794,8 +802,9 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
         name = row.name.upper()
         if name in dotenv and not row.metadata.get("dotenv", True):
             raise ValueError("%s is not taken from .env: set it in the environment" % name)
-        for environment in (environ, dotenv):
-            sources += [(name, environment.get(name), read) for name, read in names[row.name]]
+        for place, environment in (("", environ), (" (in .env)", dotenv)):
+            sources += [(name + place, environment.get(name), read)
+                        for name, read in names[row.name]]
         for name, value, read in sources:
             try:
                 text = read(value) if value else ""
@@ -3208,10 +3217,13 @@ class Traffic:
             self._records.append(dict(record, time=self._clock()))
             self._spent += record.get("cost") or 0.0
             if session:
-                sums = self._sessions.get(session) or dict.fromkeys(self.SUMS, 0)
+                sums = self._sessions.get(session) or dict.fromkeys(self.SUMS + ("largest",), 0)
                 added = {name: sums[name] + (record.get(name) or 0) for name in self.SUMS}
-                self._sessions.put(session, dict(added, requests=sums["requests"] + 1,
-                                                 model=record.get("model")))
+                added.update(requests=sums["requests"] + 1, model=sums.get("model"),
+                             largest=sums["largest"])
+                if record.get("input", 0) >= sums["largest"]:  # the others are side jobs
+                    added.update(model=record.get("model"), largest=record.get("input", 0))
+                self._sessions.put(session, added)
 
     def session(self, id_: str) -> Optional[Json]:
         return self._sessions.get(id_)
@@ -3926,7 +3938,8 @@ class Gemini(Upstream):
                                       stdin=subprocess.DEVNULL, timeout=30, check=True)
                 token = _secret(done.stdout.decode().strip().rpartition("\n")[2])
             except (OSError, ValueError, subprocess.SubprocessError) as exc:
-                raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % type(exc).__name__,
+                what = "%s, status %s" % (type(exc).__name__, getattr(exc, "returncode", "-"))
+                raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % what,
                                  should_retry=False) from exc
             with self._lock:
                 self._token = token
@@ -4705,8 +4718,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
-        LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
-                self.request_id, self.command, error.status, error.message)
+        if not self.logged:
+            LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
+                    self.request_id, self.command, error.status, error.message)
         if self.admitted and not self.logged:  # strangers could crowd out the rest
             self.server.traffic.add({"status": error.status,
                                      "requested": self.path.partition("?")[0][:100]})
@@ -4757,7 +4771,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         emitter = MessageEmitter(request["model"], new_id, server.signatures.put,
                                  exchange.translation, estimate,
                                  bool(request.get("context_management")))
-        status = 499  # what else ends this is the client's leaving
+        status, problem = 500, ""
         try:
             if request.get("stream"):
                 self.stream_answer(exchange, emitter)
@@ -4765,15 +4779,13 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 self.whole_answer(exchange, emitter)
             status = 200
         except ProxyError as error:
-            status = error.status
+            status, problem = error.status, error.message
             raise
-        except ConnectionError:
-            raise
-        except Exception:
-            status = 500
+        except (ConnectionError, socket.timeout):
+            status = 499
             raise
         finally:
-            self.log_exchange(exchange, emitter, started, status)
+            self.log_exchange(exchange, emitter, started, status, problem)
 
     def passes_through(self, request: Any, body: bytes) -> bool:
         """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
@@ -4865,24 +4877,27 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.respond_json(message_from_events(events))
 
     def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float,
-                     status: int) -> None:
+                     status: int, problem: str) -> None:
         """One line for each request, and the counters."""
         usage, now = sane_counts(emitter.usage), time.monotonic()
         first = self.stream.first_event_at if self.stream else 0.0
         costs = [cost_of(each, exchange.model, self.server.config, today())
                  for each in emitter.spent + [emitter.usage] if each]
         cost = None if None in costs or not costs else sum(costs)
+        shown = "$%.4f" % cost if cost is not None else "no price" if costs else "no cost"
         fields = {"request_id": self.request_id, "requested": exchange.request["model"][:100],
                   "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
                   "first_ms": round((first - started) * 1000) if first else None,
                   "total_ms": round((now - started) * 1000), "retries": exchange.retries,
                   "key": exchange.key_number + 1, "cost": cost}
         fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
-        LOG.info("%(request_id)s %(requested)s -> %(model)s %(status)s %(finish)s, tokens in "
-                 "%(input)s (cached %(cached)s) out %(output)s (thoughts %(thought)s), %(shown)s, "
-                 "first %(first_ms)s ms, all %(total_ms)s ms, retries %(retries)s, key %(key)s",
-                 dict(fields, shown="no price" if cost is None else "$%.4f" % cost),
-                 extra={"fields": fields})
+        LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
+                "%(request_id)s %(requested)s -> %(model)s %(status)s %(finish)s, tokens in "
+                "%(input)s (cached %(cached)s) out %(output)s (thoughts %(thought)s), %(cost)s, "
+                "first %(first_ms)s ms, all %(total_ms)s ms, retries %(retries)s, key "
+                "%(key)s%(why)s", dict(fields, cost=shown, first_ms=fields["first_ms"] or "-",
+                                       why=": " + problem if problem else ""),
+                extra={"fields": dict(fields, error=problem) if problem else fields})
         self.server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
         self.logged = True
         if "promptTokenCount" in usage:
@@ -5389,13 +5404,16 @@ def client_environment(url: str, token: str, environ: Mapping[str, str],
     return dict(wanted, ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN=token)
 
 
-def export_lines(values: Mapping[str, str], shell: str) -> str:
-    """Assignments for sh, fish or PowerShell."""
+def export_lines(values: Mapping[str, str], shell: str, unset: Sequence[str] = ()) -> str:
+    """Assignments for sh, fish or PowerShell, and an end to what would be in their way."""
     if shell == "fish":
-        return "\n".join("set -gx %s %s" % (k, shlex.quote(v)) for k, v in values.items())
+        lines = ["set -gx %s %s" % (k, shlex.quote(v)) for k, v in values.items()]
+        return "\n".join(lines + ["set -e %s" % name for name in unset])
     if shell == "powershell":
-        return "\n".join("$env:%s = '%s'" % (k, v.replace("'", "''")) for k, v in values.items())
-    return "\n".join("export %s=%s" % (k, shlex.quote(v)) for k, v in values.items())
+        lines = ["$env:%s = '%s'" % (k, v.replace("'", "''")) for k, v in values.items()]
+        return "\n".join(lines + ["Remove-Item Env:%s" % name for name in unset])
+    lines = ["export %s=%s" % (k, shlex.quote(v)) for k, v in values.items()]
+    return "\n".join(lines + ["unset %s" % name for name in unset])
 
 
 def hints(server: ProxyServer) -> List[str]:
@@ -5412,7 +5430,7 @@ def hints(server: ProxyServer) -> List[str]:
     return found
 
 
-def print_status_line() -> int:
+def print_status_line(port: str) -> int:
     """Claude Code's status line: its JSON on stdin -> model, tokens and cost of the session.
 
     Source: https://code.claude.com/docs/en/statusline (read 2026-11-21).
@@ -5421,7 +5439,7 @@ def print_status_line() -> int:
         given = dict(json.load(sys.stdin))
     except (TypeError, ValueError):
         given = {}
-    url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL", "http://127.0.0.1:8318"),
+    url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL", "http://127.0.0.1:" + port),
                               urllib.parse.quote(str(given.get("session_id")), safe=""))
     token = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
     opener = urllib.request.OpenerDirector()  # no proxies, no redirects: they would get the token
@@ -5494,7 +5512,8 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     try:
         child = subprocess.Popen(list(command), env=dict(environ, **values))
     except OSError as exc:
-        print("%s: %s" % (command[0], exc.strerror), file=sys.stderr)
+        hint = " (npm install -g @anthropic-ai/claude-code)" if command[0] == "claude" else ""
+        print("%s: %s%s" % (command[0], exc.strerror, hint), file=sys.stderr)
         return 127
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the client gets it, too
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
@@ -5543,7 +5562,9 @@ def check_reach(server: ProxyServer) -> str:
         server.upstream.list_models()
     except ProxyError as error:
         missing = error.status == 404 or re.search(r" answered (405|501):", error.message)
-        return "" if missing else error.message
+        if not missing:
+            return error.message
+        print("     it has no list of models; if it should have one, its API_BASE lacks a version")
     return ""
 
 
@@ -5639,8 +5660,10 @@ def command_config(command: str, flags: Dict[str, Any]) -> Config:
 def print_environment(config: Config, shell: str) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
-    values = client_environment(url, config.proxy_auth_token or "local", os.environ)
-    print(export_lines(values, shell))
+    own = os.environ.get("ANTHROPIC_AUTH_TOKEN", "") if config.client_keys else ""
+    values = client_environment(url, config.proxy_auth_token or own or "local", os.environ)
+    unset = ["ANTHROPIC_API_KEY"] if os.environ.get("ANTHROPIC_API_KEY") else []
+    print(export_lines(values, shell, unset))
     return 0
 
 
@@ -5650,7 +5673,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     if command == "statusline":
-        return print_status_line()
+        return print_status_line(flags["port"] or "8318")
     try:
         config = command_config(command, flags)
         if command == "env":

@@ -1484,7 +1484,7 @@ class State(unittest.TestCase):
                          [(59, 3, 0, 30, 1.5, 4), (1, 1, 0, 10, 0.5, 62), (0, 2, 1, 10, 0.5, 63.5)])
         self.assertEqual([r["status"] for r in hour["recent"]], [401] + [200] * 5)
         self.assertEqual((traffic.spent, traffic.session("s"), traffic.session("t")),
-                         (3.0, {"requests": 6, "input": 60, "cached": 30, "output": 12, "thought": 6, "cost": 3.0, "model": "m"}, None))
+                         (3.0, {"requests": 6, "input": 60, "cached": 30, "output": 12, "thought": 6, "cost": 3.0, "model": "m", "largest": 10}, None))
         self.assertEqual(proxy.status_line(dict(traffic.session("s"), input=61234)), "m · 61.2k in (30 cached), 18 out · $3.000")
 
     def test_keys_take_turns_and_rest_by_model(self):
@@ -1668,7 +1668,7 @@ class EndToEnd(unittest.TestCase):
         r = self.run_proxy()
         for method, path, status in (("GET", "/health", 200), ("GET", "/", 200), ("GET", "/metrics", 200), ("GET", "/v1/models?limit=1000", 200),
                                      ("GET", "/v1/models/claude-gemini-3.8-flash", 200), ("GET", "/v1/models/claude-opus-5%5B1m%5D", 200), ("GET", "/v1/models/gemini-9-nope", 404), ("HEAD", "/", 200),
-                                     ("HEAD", "/api/hello", 200), ("GET", "/api/hello", 200), ("GET", "/v1/messages", 405), ("PUT", "/v1/messages", 405),
+                                     ("HEAD", "/api/hello", 200), ("GET", "/api/hello", 200), ("GET", "//health", 200), ("GET", "/v1/messages", 405), ("PUT", "/v1/messages", 405),
                                      ("GET", "/nothing", 404), ("GET", "/test-connection", 200), ("TRACE", "/", 405)):
             got, headers, data = r.send(method, path)
             self.assertEqual(got, status, (method, path, data))
@@ -1765,6 +1765,29 @@ class EndToEnd(unittest.TestCase):
         for model, size, expected in (("claude-opus-5", 100, "gemini-3.8-flash"), ("claude-opus-5", 9000, "gemini-2.5-pro"), ("gemini-3.6-flash", 9000, "gemini-3.6-flash")):
             r.ask(request("x" * size, model=model))
             self.assertEqual(r.fake.requests[-1]["model"], expected)
+        for settings in ({"anthropic_model": "gemini-3.6-flash"}, {"model_map": "claude-*=gemini-3.6-flash"}):
+            r = self.run_proxy(long_context_model="gemini-2.5-pro", long_context_tokens=10, **settings)
+            r.ask(request("x" * 9000))
+            self.assertEqual(r.fake.requests[-1]["model"], "gemini-3.6-flash")
+        r = self.run_proxy(lambda *args: error_body(429, "Quota.", "RESOURCE_EXHAUSTED"), long_context_model="gemini-2.5-pro", long_context_tokens=10,
+                           fallback_models="gemini-2.5-pro,gemini-3.6-flash, gemini-2.5-pro", max_retries=0)
+        self.assertEqual((r.ask(request("x" * 9000))[0], [q["model"] for q in r.fake.requests]), (429, ["gemini-2.5-pro", "gemini-3.6-flash"]))
+
+    def test_odd_counts_and_names_do_no_harm(self):
+        odd = ({"promptTokenCount": 10 ** 400}, {"candidatesTokenCount": 10 ** 13}, {"cost": 10 ** 400}, {"cost": -5}, {"cost": True}, {"cost": "x"}, {"promptTokenCount": -1}, {"promptTokenCount": 0, "cachedContentTokenCount": 9},
+               {"thoughtsTokenCount": [1]}, {"toolUsePromptTokenCount": 1.5})
+        r = self.run_proxy(lambda *args: [chunk("ok", finish="STOP", usage=odd[len(r.fake.requests) % len(odd)])], budget_usd=1.0)
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", r.port)) as connection:
+            for i in range(2 * len(odd)):
+                connection.request("POST", "/v1/messages", json.dumps(request(stream=bool(i % 2))))
+                reply = connection.getresponse()
+                self.assertEqual((reply.status, b"ok" in reply.read()), (200, True))
+        self.assertTrue(0 <= r.server.traffic.spent < 0.001)
+        r.ask(request(model="x" * 100000))
+        for path, headers in (("/v1beta/models/x?key=AIzaNotToBeSeen", {}), ("/v1/messages", {"Origin": "http://evil"})):
+            r.send("POST", path, request(), **headers)
+        shown = r.send("GET", "/")[2]
+        self.assertEqual((b"NotToBeSeen" in shown, len(shown) < 60000, json.loads(shown)["recent"][0]["requested"]), (False, True, "/v1beta/models/x"))
 
     def test_hints_name_what_is_missing(self):
         for settings, words in (({}, ["shows", "second key"]), ({"gemini_api_key": "a,b"}, ["shows"]), ({"fallback_models": ("gemini-2.5-pro",), "big_model": "gemini-x"}, ["shows", "no price is known for gemini-x"]),
