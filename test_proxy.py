@@ -21,6 +21,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import functools
 import http.client
 import importlib.util
 import io
@@ -769,7 +770,7 @@ class Running:
         self.config = dataclasses.replace(CONFIG, **settings)
         self.server = proxy.make_server(self.config, upstream)
         for member in getattr(self.server.upstream, "members", {}).values():
-            member.BACKOFF_SECONDS = 0.02
+            member.BACKOFF_SECONDS = 0.005
         self.port = self.server.server_port
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
@@ -1627,9 +1628,9 @@ class EndToEnd(unittest.TestCase):
     def test_a_silent_thinking_stream_gets_empty_thoughts(self):
         saved = proxy.EventStream.THINKING_SECONDS
         self.addCleanup(setattr, proxy.EventStream, "THINKING_SECONDS", saved)
-        proxy.EventStream.THINKING_SECONDS = 0.1
+        proxy.EventStream.THINKING_SECONDS = 0.06
         for fields, expected in ((THINK, [("thinking", "hm"), ("text", "a")]), ({}, [("text", "a")])):
-            r = self.run_proxy(lambda *args: [0.4, chunk({"text": "hm", "thought": True}), 0.4, chunk("a", finish="STOP")], ping_interval=0.1)
+            r = self.run_proxy(lambda *args: [0.25, chunk({"text": "hm", "thought": True}), 0.25, chunk("a", finish="STOP")], ping_interval=0.06)
             _, events = r.ask(request(stream=True, **fields))
             self.assertEqual(summary(check_grammar(events)), expected)
             empty = [e for e in events if e.get("delta", {}).get("thinking") == ""]
@@ -2588,7 +2589,7 @@ class Signals(unittest.TestCase):
 
     def test_running_answers_finish_and_the_port_is_free_at_once(self):
         for number in (signal.SIGTERM, signal.SIGINT):
-            with FakeGemini(lambda *args: [chunk("a"), 0.5, chunk("b", finish="STOP")]) as fake:
+            with FakeGemini(lambda *args: [chunk("a"), 0.4, chunk("b", finish="STOP")]) as fake:
                 process, port = self.start(fake)
                 with socket.create_connection(("127.0.0.1", port)) as sock, socket.create_connection(("127.0.0.1", port)) as idle:
                     sock.sendall(post_bytes(request(stream=True), b"Connection: close\r\n"))
@@ -2618,8 +2619,17 @@ class Signals(unittest.TestCase):
 
 
 # ---- 14. Promises ------------------------------------------------------------------------------------------
-def child(*args, input_="", **environment):
+@functools.lru_cache(1)
+def compiled():
+    """A folder for compiled code, so that not each child compiles the proxy anew."""
+    return tempfile.TemporaryDirectory()
+
+
+def child(*args, input_="", script=False, **environment):
     """Run the program in an empty folder with only this environment -> (status, output)."""
+    if args[0] == proxy.__file__ and not script:
+        args = ("-m", "claude_gemini_proxy") + args[1:]
+        environment.update(PYTHONPATH=os.path.dirname(proxy.__file__), PYTHONPYCACHEPREFIX=compiled().name)
     with tempfile.TemporaryDirectory() as folder:
         environment.setdefault("PATH", "/usr/bin:/bin")
         done = subprocess.run([sys.executable, *args], cwd=folder, env=environment, input=input_.encode(),
@@ -2690,7 +2700,7 @@ class Promises(unittest.TestCase):
             self.assertEqual(got, status)
             self.assertIn(text, output)
             self.assertNotIn("Traceback", output)
-        self.assertEqual(child(proxy.__file__, "--version"), (0, "claude_gemini_proxy %s\n" % proxy.__version__))
+        self.assertEqual(child(proxy.__file__, "--version", script=True), (0, "claude_gemini_proxy %s\n" % proxy.__version__))
         self.assertIn("set -gx ANTHROPIC_BASE_URL http://127.0.0.1:8318", child(proxy.__file__, "env", "fish")[1])
         self.assertIn("export ANTHROPIC_BASE_URL=http://127.0.0.1:9999", child(proxy.__file__, "env", "--port", "9999")[1])
         self.assertIn("http://127.0.0.1:8318", child(proxy.__file__, "env", HOST="0.0.0.0", PROXY_AUTH_TOKEN="t")[1])
