@@ -2,20 +2,23 @@
 # SPDX-License-Identifier: MIT
 """Run Claude Code, and every other client of the Anthropic Messages API, on Google Gemini.
 
+OpenRouter, OpenAI-compatible servers and Anthropic itself can stand in Gemini's place.
+
     export GEMINI_API_KEY=...
     python3 claude_gemini_proxy.py                                  # or --demo: no key, no network
     ANTHROPIC_BASE_URL=http://127.0.0.1:8318 ANTHROPIC_AUTH_TOKEN=local claude
 
 One request through the program, in the order of the file:
 
-    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> Gemini.batches
+    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> Upstreams.batches
                                                                                    |
       JSON (stream: false) <-- message_from_events <--+                            v  chunks
       SSE  (stream: true)  <-- EventStream + pings <--+-- events <-- MessageEmitter
 
 A `chunk` is one Gemini response object, an `event` one Anthropic event (a dict), a `frame` its
 bytes. `live` reads streamGenerateContent; `replay` asks generateContent, and the whole answer is
-one chunk into the same emitter. There is no second way from Gemini to Anthropic.
+one chunk into the same emitter. There is no second way from Gemini to Anthropic; an OpenAI answer
+takes the same one, as Gemini-shaped chunks (to_openai, ChunksFromOpenAI).
 
 Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request to Gemini,
 6 JSON Schema, 7 OpenAI, 8 answer to Anthropic, 9 wire formats, 10 shared state, 11 upstreams,
@@ -2080,6 +2083,13 @@ def without_thinking_config(body: Json) -> Json:
     return dict(body, generationConfig=generation)
 
 
+def without_invocations(body: Json) -> Json:
+    """The same request without a field that Vertex AI does not know."""
+    config = {k: v for k, v in body.get("toolConfig", {}).items()
+              if k != "includeServerSideToolInvocations"}
+    return dict(body, toolConfig=config) if "toolConfig" in body else body
+
+
 def with_dummy_signatures(body: Json) -> Json:
     """The same request with no real signature: the dummy on the first call of each step."""
     contents = []
@@ -3572,6 +3582,8 @@ class Exchange:
 # What a 400 of Gemini's tells to leave out: (what it must say, name for the log, the change). Each
 # is tried once.
 GEMINI_REPAIRS = (
+    (re.compile(r"(?i)include_?server_?side_?tool"), "includeServerSideToolInvocations",
+     without_invocations),
     (re.compile(r"(?i)thinking"), "thinkingConfig", without_thinking_config),
     (re.compile(r"(?i)thought.?signature"), "thought signatures", with_dummy_signatures),
     (re.compile(r"(?i)parameters_?json_?schema|nesting depth|function_declarations.*parameters"),
@@ -3916,10 +3928,8 @@ class Gemini(Upstream):
     def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Reply:
         model = urllib.parse.quote(exchange.model, safe="/@")
         path = model if "/" in model else "models/" + model
-        if "aiplatform" in self.base and "toolConfig" in body:  # Vertex AI does not know the field
-            config = {k: v for k, v in body["toolConfig"].items()
-                      if k != "includeServerSideToolInvocations"}
-            body = dict(body, toolConfig=config)
+        if "aiplatform" in self.base:
+            body = without_invocations(body)
         return self.send(exchange, "%s:%s" % (path, action), self._tools.dump(body), timeout)
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
@@ -5056,8 +5066,9 @@ def model_list(models: Optional[Mapping[str, Json]]) -> List[Json]:
     """
     known = {id_: {"displayName": name, "created": created} for id_, name, created in LISTED_MODELS}
     shown = {id_: dict(known.get(id_, {}), **model) for id_, model in (models or known).items()}
+    others = sum("/" in id_ for id_ in shown)  # OpenRouter has hundreds, too many to pick from
     return [model_entry(prefix + id_, model) for id_, model in shown.items()
-            for prefix in ("claude-", "")]
+            for prefix in ("claude-", "") if not prefix or "/" not in id_ or others <= 50]
 
 
 def shown_body(body: Json) -> str:

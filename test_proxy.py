@@ -2188,6 +2188,19 @@ class OtherUpstreams(unittest.TestCase):
         self.assertEqual(summary(check_grammar(r.ask(request(stream=True))[1])), [("text", "from x/y")])
         self.assertIn("cost_usd_total", str(r.send("GET", "/metrics")[2]) + "cost_usd_total")
 
+    def test_vertex_gets_the_forms_that_it_knows(self):
+        fake = FakeOpenAI(lambda body: (200, json.dumps(dict(chunk("ok", finish="STOP"), totalTokens=77)).encode()))
+        self.addCleanup(fake.__exit__)
+        r = Running(gemini_api_base=fake.url + "/aiplatform/messages", gemini_auth_type="bearer", gemini_token_command="echo token-1")
+        self.addCleanup(r.__exit__)
+        body = request(tools=[TOOL, {"type": "web_search_20250305", "name": "web_search"}], system="s")
+        self.assertEqual(summary(r.ask(body)[1]), [("text", "ok")])
+        self.assertEqual(json.loads(r.send("POST", "/v1/messages/count_tokens", body)[2]), {"input_tokens": 77})
+        first, second = fake.requests
+        self.assertEqual((first["path"], first["headers"]["authorization"]), ("/v1/aiplatform/messages/models/gemini-3.8-flash:generateContent", "Bearer token-1"))
+        self.assertEqual((first["body"]["toolConfig"], len(first["body"]["tools"]), "store" in first["body"]), ({}, 2, False))
+        self.assertEqual((second["path"][-12:], set(second["body"])), (":countTokens", {"contents", "systemInstruction", "tools"}))
+
     def test_anthropic_gets_and_gives_everything_as_it_is(self):
         sent = b'event: message_start\ndata: {"x": 1}\n\nevent: error\ndata: {"type":"error"}\n\n'
         fake = FakeOpenAI(lambda body: (200, sent, "text/event-stream") if body.get("stream") else (418, b'{"odd":  true}'))
