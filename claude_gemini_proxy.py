@@ -1078,7 +1078,7 @@ class History:
 
     def takes(self, signature: str) -> bool:
         """Whether a signature comes from this kind of upstream; another one would refuse it."""
-        return signature.startswith(OPENAI_MARK) == (self.rule is OPENAI_RULE)
+        return signature.startswith(OPENAI_MARK) == (self.rule.generation == 0)
 
 
 # (role, [((index of the message, index of the block), block), ...])
@@ -1411,7 +1411,7 @@ def tool_use_parts(block: Json, history: History) -> List[Json]:
 def call_id(tool_use_id: str, history: History) -> str:
     """The id of a call for the upstream: its own where ours holds it, else the client's where that
     is plain, else a short stable one."""
-    own = _OPENAI_ID.fullmatch(tool_use_id) if history.rule is OPENAI_RULE else None
+    own = _OPENAI_ID.fullmatch(tool_use_id) if history.rule.generation == 0 else None
     plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
     if own:
         with contextlib.suppress(ValueError):  # somebody else's, then
@@ -2109,7 +2109,7 @@ def with_dummy_signatures(body: Json) -> Json:
 # https://platform.openai.com/docs/api-reference/chat, https://openrouter.ai/docs (both read
 # 2026-11-21), and recorded exchanges. What such an upstream wants back with a tool call (encrypted
 # reasoning, its own id of the call) is kept like a thought signature, as base64 behind a mark.
-OPENAI_RULE = ModelRule(("",), 0, (), (0, 0), True)
+OPENAI_RULE = (("",), 0, (), (0, 0), True)  # as a row of MODEL_RULES; of no generation of Gemini's
 OPENAI_MARK = "openai-"
 _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
@@ -2127,12 +2127,13 @@ def to_openai(request: Json, model: str, config: Config,
     The history is repaired as for Gemini: it is made from the same contents. `dialect` is
     openrouter, openai (OpenAI's own server) or other. Otherwise as to_gemini.
     """
-    history = History(OPENAI_RULE, lookup, _OPENAI_NAME)
+    rule = ModelRule(*OPENAI_RULE)
+    history = History(rule, lookup, _OPENAI_NAME)
     notes: List[str] = []
     system, turns = to_turns(request, history)
     history.session = session_hash(turns)
     contents = to_contents(turns, history)
-    functions, built_in = gemini_tools(offered_tools(request, history), OPENAI_RULE, notes,
+    functions, built_in = gemini_tools(offered_tools(request, history), rule, notes,
                                        declare or declaration)
     names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
@@ -2167,14 +2168,15 @@ def openai_messages(system: Sequence[str], contents: Sequence[Json], dialect: st
         messages.append({"role": "system", "content": "\n\n".join(system)})
     for content in contents:
         if content["role"] == "model":
-            messages.append(openai_assistant(content["parts"]))
+            messages.append(openai_assistant(content["parts"], dialect))
         else:
             messages += openai_user(content["parts"], dialect)
     return messages
 
 
-def openai_assistant(parts: Sequence[Json]) -> Json:
-    """Parts of a model turn -> one message; without text it has no `content`, null is refused."""
+def openai_assistant(parts: Sequence[Json], dialect: str) -> Json:
+    """Parts of a model turn -> one message. Without text its `content` is empty, as templates of
+    small servers fail on a message that has none, and nobody takes null."""
     message: Json = {"role": "assistant"}
     texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
     calls = []
@@ -2186,7 +2188,7 @@ def openai_assistant(parts: Sequence[Json]) -> Json:
                 "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
             calls[-1].update((k, kept.pop(k)) for k in ("extra_content",) if k in kept)
         message.update(kept)
-    if texts or not calls:
+    if texts or not calls or dialect == "other":
         message["content"] = "\n\n".join(texts)
     if calls:
         message["tool_calls"] = calls
@@ -2282,7 +2284,7 @@ def openai_sampling(request: Json, dialect: str) -> Json:
         if request.get(name) not in (None, [])}
     if request.get("top_k") is not None and dialect != "openai":
         fields["top_k"] = request["top_k"]
-    _, answer = answer_format(request, False, OPENAI_RULE)
+    _, answer = answer_format(request, False, ModelRule(*OPENAI_RULE))
     if answer:
         fields["response_format"] = {"type": "json_schema", "json_schema": {
             "name": "answer", "schema": answer["responseJsonSchema"]}}
@@ -4858,7 +4860,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
             raise ProxyError(402, "The budget is spent: $%.2f of BUDGET_USD=%g since the proxy was "
                              "started. Raise it, or start the proxy anew."
                              % (spent, config.budget_usd), should_retry=False)
-        unknown = [model for model in exchange.models if not price_of(model, config, today())]
+        unknown = [model for model in exchange.models if not model.startswith("openrouter/")
+                   and not price_of(model, config, today())]  # OpenRouter tells what it takes
         if config.budget_usd and unknown:
             raise ProxyError(402, "BUDGET_USD is set, but the price of %s is not known: set PRICES."
                              % ", ".join(unknown), should_retry=False)
@@ -5051,11 +5054,13 @@ def model_entry(id_: str, model: Json) -> Json:
 
     Source: https://docs.claude.com/en/api/models (read 2026-11-20), anthropic SDK 2.11.0.
     """
+    known = None if "/" in id_ else True  # Gemini's models have these limits or more
     return {"type": "model", "id": id_, "display_name": str(model.get("displayName") or id_),
             "created_at": "%sT00:00:00Z" % model.get("created", "2026-01-01"),
             "lifecycle": "active",
-            "max_input_tokens": model.get("inputTokenLimit") or INPUT_LIMIT,
-            "max_tokens": model.get("outputTokenLimit") or OUTPUT_LIMIT, "capabilities": None,
+            "max_input_tokens": model.get("inputTokenLimit") or known and INPUT_LIMIT,
+            "max_tokens": model.get("outputTokenLimit") or known and OUTPUT_LIMIT,
+            "capabilities": None,
             "deprecated_at": None, "retires_at": None, "line": None}
 
 
@@ -5396,18 +5401,21 @@ def make_server(config: Config, upstream: Any = None) -> ProxyServer:
     return ProxyServer(config, upstream)
 
 
-def client_environment(url: str, token: str, environ: Mapping[str, str],
+def client_environment(url: str, token: str, environ: Mapping[str, str], name: str,
                        model: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, str]:
     """What a client needs in its environment; what the user has set there wins, but the address.
 
-    `model` is Gemini's description of the main model.
+    `name` is the main model's, `model` its description; only Gemini's limits are known without.
     Source: https://code.claude.com/docs/en/env-vars (read 2026-11-20).
     """
-    window = str(model.get("inputTokenLimit") or INPUT_LIMIT)
     wanted = {"CLAUDE_CODE_ATTRIBUTION_HEADER": "0", "ENABLE_TOOL_SEARCH": "true",
-              "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1",
-              "CLAUDE_CODE_MAX_CONTEXT_TOKENS": window, "CLAUDE_CODE_AUTO_COMPACT_WINDOW": window,
-              "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(model.get("outputTokenLimit") or OUTPUT_LIMIT)}
+              "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1"}
+    entry = model_entry(name, dict(model))
+    if entry["max_input_tokens"]:
+        window = str(entry["max_input_tokens"])
+        wanted.update(CLAUDE_CODE_MAX_CONTEXT_TOKENS=window, CLAUDE_CODE_AUTO_COMPACT_WINDOW=window)
+    if entry["max_tokens"]:
+        wanted["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(entry["max_tokens"])
     wanted = {name: environ.get(name) or value for name, value in wanted.items()}
     no_proxy = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
     no_proxy = ",".join(filter(None, [no_proxy, "127.0.0.1", "localhost"]))
@@ -5432,10 +5440,11 @@ def hints(server: ProxyServer) -> List[str]:
     config, models = server.config, [resolve_model("claude-" + tier, server.config)
                                      for tier in ("opus", "sonnet", "haiku")]
     found = ["%s shows what is going on; `env` prints what clients need" % server.url]
-    if len(config.keys) < 2 and not config.fallback_models and not config.client_keys:
+    if len(config.keys) == 1 and not config.fallback_models:
         found.append("a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions going "
                      "when a quota is used up")
-    unpriced = sorted({model for model in models if not price_of(model, config, today())})
+    unpriced = sorted({model for model in models if split_name(model)[0] == "gemini"
+                       and not price_of(model, config, today())})
     if unpriced:
         found.append("no price is known for %s, so no cost is shown: PRICES" % ", ".join(unpriced))
     return found
@@ -5517,8 +5526,9 @@ def serve(server: ProxyServer, demo: bool) -> int:
 def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     """Serve in this process while a client runs in an environment for it; -> its exit status."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    model = (server.upstream.models() or {}).get(resolve_model("claude-opus", server.config), {})
-    values = client_environment(server.url, server.config.proxy_auth_token, os.environ, model)
+    name = resolve_model("claude-opus", server.config)
+    values = client_environment(server.url, server.config.proxy_auth_token, os.environ, name,
+                                (server.upstream.models() or {}).get(name, {}))
     environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
     try:
         child = subprocess.Popen(list(command), env=dict(environ, **values))
@@ -5672,7 +5682,8 @@ def print_environment(config: Config, shell: str) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     url = "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
     own = os.environ.get("ANTHROPIC_AUTH_TOKEN", "") if config.client_keys else ""
-    values = client_environment(url, config.proxy_auth_token or own or "local", os.environ)
+    values = client_environment(url, config.proxy_auth_token or own or "local", os.environ,
+                                resolve_model("claude-opus", config))
     unset = ["ANTHROPIC_API_KEY"] if os.environ.get("ANTHROPIC_API_KEY") else []
     print(export_lines(values, shell, unset))
     return 0

@@ -1792,7 +1792,7 @@ class EndToEnd(unittest.TestCase):
 
     def test_hints_name_what_is_missing(self):
         for settings, words in (({}, ["shows", "second key"]), ({"gemini_api_key": "a,b"}, ["shows"]), ({"fallback_models": ("gemini-2.5-pro",), "big_model": "gemini-x"}, ["shows", "no price is known for gemini-x"]),
-                                ({"client_keys": True}, ["shows"])):
+                                ({"gemini_api_key": "", "client_keys": True}, ["shows"]), ({"gemini_api_key": "", "openai_api_base": "http://localhost:1"}, ["shows"])):
             found = proxy.hints(self.run_proxy(**dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)).server)
             self.assertEqual([word in hint for word, hint in zip(words, found)], [True] * len(found), found)
             self.assertEqual(len(words), len(found))
@@ -2046,6 +2046,9 @@ OPENAI_CASES = (  # name, dialect, request, the fields that the body must have
     ("a lost result and a lost call", "other", request("go", says({"type": "text", "text": "I look."}, uses("t1")), results("t9")),
      {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "I look.", "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "Bash", "arguments": '{"command":"ls"}'}}]},
                    {"role": "tool", "tool_call_id": "t1", "content": "Error: no result (interrupted)"}, {"role": "user", "content": "Result of an earlier tool call:\nr t9"}]}),
+    ("a call without text", "other", request("go", says(uses("t1")), results("t1")),
+     {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "t1", "type": "function", "function": {"name": "Bash", "arguments": '{"command":"ls"}'}}]},
+                   {"role": "tool", "tool_call_id": "t1", "content": "r t1"}]}),
     ("a PDF", "openai", request({"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}}]}, top_k=5),
      {"messages": [{"role": "user", "content": [{"type": "file", "file": {"filename": "document.pdf", "file_data": "data:application/pdf;base64," + PDF}}]}], "max_completion_tokens": 1000, "top_k": None}),
     ("a PDF where nobody reads it", "other", request({"role": "user", "content": [{"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PDF}}]}, top_k=5),
