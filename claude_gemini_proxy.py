@@ -25,9 +25,10 @@ Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request t
 12 delivery, 13 HTTP front end, 14 page, 15 program. Sections 1 to 9 are pure: no I/O, clock,
 environment or random.
 
-Promises: contacts only the configured upstream; listens on 127.0.0.1 unless told otherwise;
-writes nothing to disk but the log that LOG_FILE names; keeps thought signatures in memory, nothing
-else of a conversation; sends no telemetry. Needs Python 3.8 or newer and its standard library.
+Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
+writes nothing to disk but the log that LOG_FILE names; keeps in memory, of a conversation, only
+thought signatures (of some OpenAI-compatible servers the reasoning itself) and tool declarations;
+sends no telemetry. Needs Python 3.8 or newer and its standard library.
 """
 from __future__ import annotations
 
@@ -67,8 +68,8 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
-from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
-                    Optional, Sequence, Tuple)
+from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
+                    NamedTuple, Optional, Sequence, Tuple)
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ProxyError", "events_from_gemini", "load_config", "make_server",
@@ -275,14 +276,17 @@ def invalid(message: str) -> ProxyError:
 
 # What looks like a key of Google's or of another provider's; upstreams quote them in errors.
 SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
-# Gemini's; OpenAI's, OpenRouter's and vLLM's; llama.cpp's
+# Gemini's; OpenAI's, OpenRouter's and vLLM's; llama.cpp's; xAI's; Kimi's; Mistral's
 _OVERFLOW = re.compile(
     r"input token count\D*?(?:\((?P<tokens1>\d{1,15})\) )?exceeds the maximum number of tokens "
     r"allowed\D*(?P<limit1>\d{1,15})"
     r"|(?:maximum context length|configured limit)\D{1,20}?(?P<limit2>\d{1,15}) tokens"
     r"(?:\D{1,80}?(?P<tokens2>\d{1,15}))?"
     r"|request \((?P<tokens3>\d{1,15}) tokens\) exceeds the available context size "
-    r"\((?P<limit3>\d{1,15})")
+    r"\((?P<limit3>\d{1,15})"
+    r"|maximum prompt length is (?P<limit4>\d{1,15}) but \D{1,40}(?P<tokens4>\d{1,15})"
+    r"|exceeded model token limit: (?P<limit5>\d{1,15})"
+    r"|contains (?P<tokens6>\d{1,15}) tokens.{1,60}?with (?P<limit6>\d{1,15}) maximum context")
 _RETRY_IN = re.compile(r"(?:re)?try (?:again )?in (?:(\d{1,4})h)?(?:(\d{1,4})m(?!s))?"
                        r"(\d{1,9}(?:\.\d+)?)(ms|s)")
 _MARKUP = re.compile(r"(?s)<(style|script|title)\b.*?</\1>|<[^>]+>")
@@ -316,17 +320,23 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
     """
     error = google_error(raw)
     message = " ".join(str(error.get("message") or "no reason given").split())
+    inner = error.get("metadata")  # OpenRouter's, with what the provider said
+    if isinstance(inner, dict) and isinstance(inner.get("raw"), str):
+        message += ": " + " ".join(str(google_error(inner["raw"].encode()).get("message")).split())
     for key in keys:
         message = message.replace(key, "[key]") if len(key) > 7 else message
     message = SECRETS.sub("[key]", message)[:400]
     details = _dicts(error.get("details"))
+    if status == 403 and house == "OpenRouter":  # a moderation, or a limit of the key
+        return ProxyError(400, "%s refused this request: %s" % (house, message), should_retry=False)
     if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
         return ProxyError(403, "The upstream refused the key: %s (see %s in the README)"
                           % (message, setting), should_retry=False)
     if status == 402:
         return ProxyError(402, "%s wants to be paid: %s" % (house, message), should_retry=False)
     if status == 404:
-        return ProxyError(404, "model: %s" % model if model else message)
+        reason = "" if house == "Gemini" else " (%s)" % message
+        return ProxyError(404, "model: %s%s" % (model, reason) if model else message)
     if status == 429:
         return _quota_error(message, details, house, str(error.get("code")))
     if status in (502, 503, 529):
@@ -346,10 +356,8 @@ def _dicts(value: Any) -> List[Json]:
 
 def _refusal(status: int, message: str, details: str, overflow: Any, house: str) -> ProxyError:
     """A 400 in the wording that Anthropic's clients act on: they compact, or drop the medium."""
-    if overflow:
-        found = overflow.groupdict()
-        limit = int(next(v for k, v in found.items() if k.startswith("limit") and v))
-        tokens = next((int(v) for k, v in found.items() if k.startswith("tokens") and v), limit + 1)
+    limit, tokens = overflow_numbers(overflow) if overflow else (0, 0)
+    if tokens > limit:  # else it is the answer's limit that does not fit
         return ProxyError(400, "prompt is too long: %d tokens > %d maximum" % (tokens, limit))
     if _BAD_IMAGE.search(message + details):
         return ProxyError(400, "could not process image: %s" % message)
@@ -357,6 +365,12 @@ def _refusal(status: int, message: str, details: str, overflow: Any, house: str)
         return ProxyError(400, "could not process pdf: %s" % message)
     return ProxyError(status if status in ERROR_TYPES else 400,
                       "%s answered %d: %s" % (house, status, message))
+
+
+def overflow_numbers(overflow: Any) -> Tuple[int, int]:
+    """-> (limit, tokens, or one more than the limit if they are not told)"""
+    found = {name[:-1]: int(value) for name, value in overflow.groupdict().items() if value}
+    return found["limit"], found.get("tokens", found["limit"] + 1)
 
 
 def _quota_error(message: str, details: Sequence[Json], house: str, code: str) -> ProxyError:
@@ -793,11 +807,12 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
     """
     values = {}
     names = {row.name: environment_names(row) for row in dataclasses.fields(Config)}
-    for base, *keys in (("gemini_api_base", "gemini_api_key"),
-                        ("openai_api_base", "openai_api_key", "openrouter_api_key")):
+    for base, *keys in (
+            ("gemini_api_base", "gemini_api_key", "gemini_token_command", "client_keys"),
+            ("openai_api_base", "openai_api_key", "openrouter_api_key")):
         if any(dotenv.get(name) for name, _ in names[base]) and any(
-                environ.get(name) for key in keys for name, read in names[key]
-                if read is not _gemini_key_only):
+                environ.get(name) and (read is not _gemini_key_only or read(environ[name]))
+                for key in keys for name, read in names[key]):
             raise ValueError("%s is in .env, but the key is not: put both in one place"
                              % base.upper())
     for row in dataclasses.fields(Config):
@@ -830,11 +845,8 @@ _OWN_NAME = re.compile(
     r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma)-.+|tunedModels/.+)$")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 _VENDOR_NAME = re.compile(r"(?:claude-)?((~?[A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w./@:-]*))$")
-# What BIG_MODEL and SMALL_MODEL are where nobody sets them. "default" is a server's only model.
 # https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
-TIER_DEFAULTS = MappingProxyType({
-    "openrouter": ("~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"),
-    "openai": ("default", "default")})
+OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"
 
 
 def resolve_model(requested: str, config: Config) -> str:
@@ -857,19 +869,23 @@ def asked_for(requested: str, config: Config) -> str:
 
 
 def tier_model(name: str, config: Config) -> str:
-    """The model configured for a tier of Claude's, by a word in the requested name."""
+    """The model for a tier of Claude's, by a word in the requested name; "default" is the first one
+    that a server lists."""
     upstream, tier = config.upstreams[0], name.lower()
-    if upstream == "anthropic" and not config.big_model:
-        return "anthropic/" + name
-    big, small = TIER_DEFAULTS.get(upstream, (config.default_gemini_model, config.small_model))
-    big = config.big_model or big
+    own = "%s/%s" % (upstream, name)
+    big, small = {
+        "gemini": (config.big_model or config.default_gemini_model, config.small_model),
+        "openrouter": (config.big_model or OPENROUTER_BIG, OPENROUTER_SMALL),
+        "openai": (config.big_model or "default", config.big_model or "default"),
+        "anthropic": (config.big_model or own, own)}[upstream]
     if config.small_model != Config.small_model:
         small = config.small_model
+    if not _CLAUDE_NAME.search(tier):
+        return {"gemini": config.default_gemini_model, "openai": config.big_model or own}.get(
+            upstream, big)
     tiers = (("haiku", small), ("opus", config.opus_model or big),
              ("sonnet", config.sonnet_model or big))
-    default = config.default_gemini_model if upstream == "gemini" else big
-    return next((model for word, model in tiers if word in tier),
-                big if _CLAUDE_NAME.search(tier) else default)
+    return next((model for word, model in tiers if word in tier), big)
 
 
 def full_name(target: str, config: Config) -> str:
@@ -890,7 +906,7 @@ def full_name(target: str, config: Config) -> str:
         name = own.group(1)
     elif there[0] != "gemini":
         return "%s/%s" % (there[0], rest if vendor == there[0] else whole)
-    if not _MODEL_NAME.fullmatch(name):
+    if not _MODEL_NAME.fullmatch(name) or len(name) > 200:
         raise ProxyError(404, "model: %s" % target[:200])
     return name
 
@@ -906,7 +922,9 @@ def split_name(target: str) -> Tuple[str, str]:
 def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
     """The price of a model on a day (2026-12-31), or None if it is not known."""
     prices = (Price(*row) for row in config.prices + PRICES)
-    return next((price for price in prices if fnmatch.fnmatchcase(model, price.pattern)
+    names = (model, split_name(model)[1])
+    return next((price for price in prices
+                 if any(fnmatch.fnmatchcase(name, price.pattern) for name in names)
                  and prompt_tokens >= price.above and day <= (price.until or day)), None)
 
 
@@ -1034,7 +1052,7 @@ def check_request(body: Any) -> Json:
 # ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
 
 class Translation(NamedTuple):
-    """A Gemini request body, and what is needed to read its answer."""
+    """An upstream's request body, and what is needed to read its answer."""
 
     body: Json
     names: Dict[str, str]        # declared function name -> the client's tool name
@@ -1259,7 +1277,7 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], history: History) -> List[
         parts += parts_of(block, history, MODEL_PARTS, "messages[%d].content[%d]", place)
     calls = [part for part in parts if "functionCall" in part]
     signed = [part for part in calls if "thoughtSignature" in part]
-    for part in signed[1:]:  # two steps that lost what stood between them
+    for part in signed[1:] if history.rule.generation else ():  # two steps that lost their border
         del part["thoughtSignature"]
     if calls and not signed and history.rule.generation > 2:
         calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
@@ -1494,9 +1512,12 @@ def media_part(source: Json, what: str, default_type: str, history: History) -> 
     mime = str(source.get("media_type") or default_type)
     if what == "image":  # clients name the wrong type often enough, and Gemini believes them
         start = data[:16].replace("+", "-").replace("/", "_")
-        head = base64.urlsafe_b64decode(start) if len(start) == 16 else b""
+        try:
+            head = base64.urlsafe_b64decode(start) if len(start) == 16 else b""
+        except ValueError:
+            raise invalid(".source.data: could not process image: it is not base64") from None
         mime = next((name for name, magic in MAGIC_BYTES if head.startswith(magic)), mime)
-        if mime == "image/gif":
+        if mime == "image/gif" and history.rule.generation:
             raise invalid(
                 ".source.media_type: could not process image: Gemini does not take image/gif; "
                           "send PNG, JPEG, WEBP, HEIC or HEIF")
@@ -1867,7 +1888,8 @@ def _any_value() -> Json:
 
 def _resolved(schema: Json, place: _Place) -> Tuple[Json, _Place]:
     """Put local `$ref`s and `allOf` members into the node itself; a cycle becomes an object."""
-    while isinstance(schema.get("$ref"), str):
+    while isinstance(schema.get("$ref"), str) and place.left[0] > 0:
+        place.left[0] -= 1
         ref = schema["$ref"]
         schema = {key: value for key, value in schema.items() if key != "$ref"}
         target = _pointed(place.document, ref)
@@ -1877,7 +1899,8 @@ def _resolved(schema: Json, place: _Place) -> Tuple[Json, _Place]:
         schema = dict(target, **schema)
         place = _Place(place.document, place.refs + (ref,), place.depth, place.left)
     for member in _list(schema, "allOf"):
-        if isinstance(member, dict) and place.depth < MAX_SCHEMA_DEPTH:
+        place.left[0] -= 1
+        if isinstance(member, dict) and place.depth < MAX_SCHEMA_DEPTH and place.left[0] > 0:
             member, _ = _resolved(member, place.deeper())
             schema = _joined({key: value for key, value in schema.items() if key != "allOf"},
                              member)
@@ -2114,7 +2137,8 @@ OPENAI_MARK = "openai-"
 _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 OPENAI_FINISH = MappingProxyType({"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP",
-                                  "function_call": "STOP", "content_filter": "SAFETY"})
+                                  "function_call": "STOP", "content_filter": "SAFETY",
+                                  "eos": "STOP", "model_length": "MAX_TOKENS"})
 OPENAI_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none"})
 
 
@@ -2133,8 +2157,9 @@ def to_openai(request: Json, model: str, config: Config,
     system, turns = to_turns(request, history)
     history.session = session_hash(turns)
     contents = to_contents(turns, history)
-    functions, built_in = gemini_tools(offered_tools(request, history), rule, notes,
-                                       declare or declaration)
+    tools = offered_tools(request, history)
+    system += search_hints(tools)
+    functions, built_in = gemini_tools(tools, rule, notes, declare or declaration)
     names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     body: Json = {"model": model, "messages": openai_messages(system, contents, dialect),
@@ -2148,7 +2173,7 @@ def to_openai(request: Json, model: str, config: Config,
         body["plugins"] = [{"id": "web"}]
     elif built_in:
         notes.append("left out %s: this upstream has no such tool" % ", ".join(built_in))
-    thinking, fields = openai_reasoning(request, history.effort, dialect)
+    thinking, fields = openai_reasoning(request, history.effort, dialect, limit)
     body.update(fields, **openai_sampling(request, dialect))
     if dialect == "openai":
         body["prompt_cache_key"] = history.session
@@ -2161,28 +2186,38 @@ def to_openai(request: Json, model: str, config: Config,
         history.signatures, notes, history.media, history.media_bytes)
 
 
+def openai_dialect(upstream: str, config: Config) -> str:
+    """-> openrouter, openai (OpenAI's own server) or other"""
+    official = config.base(upstream).startswith(OPENAI_BASE)
+    return "openrouter" if upstream == "openrouter" else "openai" if official else "other"
+
+
 def openai_messages(system: Sequence[str], contents: Sequence[Json], dialect: str) -> List[Json]:
     """System texts and Gemini contents -> messages; tool results directly follow their calls."""
     messages: List[Json] = []
+    used: set = set()
     if system:
         messages.append({"role": "system", "content": "\n\n".join(system)})
     for content in contents:
         if content["role"] == "model":
-            messages.append(openai_assistant(content["parts"], dialect))
+            messages.append(openai_assistant(content["parts"], dialect, used))
         else:
             messages += openai_user(content["parts"], dialect)
     return messages
 
 
-def openai_assistant(parts: Sequence[Json], dialect: str) -> Json:
+def openai_assistant(parts: Sequence[Json], dialect: str, used: set) -> Json:
     """Parts of a model turn -> one message. Without text its `content` is empty, as templates of
-    small servers fail on a message that has none, and nobody takes null."""
+    small servers fail on a message that has none, and nobody takes null. Equal texts share what was
+    kept with the first; it goes back once (`used`)."""
     message: Json = {"role": "assistant"}
     texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
     calls = []
     for part in parts:
-        kept = kept_fields(part.get("thoughtSignature") or "")
+        signature = part.get("thoughtSignature") or ""
         call = part.get("functionCall")
+        kept = kept_fields(signature, dialect) if call or signature not in used else {}
+        used.add(signature)
         if call:
             calls.append({"id": call["id"], "type": "function", "function": {
                 "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
@@ -2230,20 +2265,21 @@ def openai_part(part: Json, dialect: str) -> Json:
                                     % (mime, shown)}
 
 
-def kept_fields(signature: str) -> Json:
-    """What `kept_signature` has put into a signature; {} for one of another upstream."""
+def kept_fields(signature: str, dialect: str) -> Json:
+    """What `kept_signature` has put into a signature; {} for one of another kind of server."""
     if not signature.startswith(OPENAI_MARK):
         return {}
     try:
         kept = json.loads(base64.urlsafe_b64decode(signature[len(OPENAI_MARK):]))
     except ValueError:
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return kept if isinstance(kept, dict) and kept.pop("for", "") == dialect else {}
 
 
-def kept_signature(fields: Json) -> str:
+def kept_signature(fields: Json, dialect: str) -> str:
     """Fields of an assistant message that must come back with it, as a signature."""
-    return OPENAI_MARK + base64.urlsafe_b64encode(dump_json(fields)).decode("ascii")
+    kept = dump_json(dict(fields, **{"for": dialect}))
+    return OPENAI_MARK + base64.urlsafe_b64encode(kept).decode("ascii")
 
 
 def openai_choice(choice: Json, names: Mapping[str, str]) -> Json:
@@ -2260,7 +2296,8 @@ def openai_choice(choice: Json, names: Mapping[str, str]) -> Json:
     return fields
 
 
-def openai_reasoning(request: Json, message_effort: str, dialect: str) -> Tuple[str, Json]:
+def openai_reasoning(request: Json, message_effort: str, dialect: str,
+                     limit: int) -> Tuple[str, Json]:
     """thinking and effort -> ("", "shown" or "omitted", fields of the body)"""
     thinking = request.get("thinking") or {}
     off = thinking.get("type", "disabled") == "disabled"
@@ -2274,7 +2311,7 @@ def openai_reasoning(request: Json, message_effort: str, dialect: str) -> Tuple[
         return mode, {"reasoning": {"enabled": False}}
     if level or not isinstance(budget, int):
         return mode, {"reasoning": {"effort": level} if level else {"enabled": True}}
-    return mode, {"reasoning": {"max_tokens": budget}}
+    return mode, {"reasoning": {"max_tokens": max(1024, min(budget, limit - 1024))}}
 
 
 def openai_sampling(request: Json, dialect: str) -> Json:
@@ -2307,11 +2344,12 @@ class ChunksFromOpenAI:
     mixed and what must come back with them may come last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dialect: str = "other") -> None:
+        self._dialect = dialect
         self._calls: List[Json] = []
         self._by_index: Dict[Any, Json] = {}
         self._kept: Json = {}
-        self._refuses = False
+        self._refuses = self._streams = False
 
     def feed(self, chunk: Json) -> Json:
         with _known_form():
@@ -2319,11 +2357,18 @@ class ChunksFromOpenAI:
 
     def end(self) -> List[Json]:
         """What is left when the stream ends without a finish_reason."""
-        return [{"candidates": [{"content": {"parts": self._take_calls()[0]}}]}]
+        parts, malformed = self._take_calls()
+        candidate: Json = {"content": {"parts": parts}}
+        if malformed:
+            candidate.update(finishReason="MALFORMED_FUNCTION_CALL", finishMessage=malformed)
+        return [{"candidates": [candidate]}] if parts or malformed else []
 
     def _feed(self, chunk: Json) -> Json:
         choice = next((c for c in chunk.get("choices") or () if not c.get("index")), {})
-        delta = choice.get("delta") or choice.get("message") or {}
+        self._streams = self._streams or bool(choice.get("delta"))
+        delta = choice.get("delta") or {}
+        if not self._streams:  # some end a stream with the whole message, too
+            delta = choice.get("message") or {}
         parts = self._reasoning(delta)
         parts += [{"text": text} for text in openai_texts(delta.get("content"))]
         parts += [{"fileData": {"mimeType": "image", "fileUri": image["image_url"]["url"]}}
@@ -2347,7 +2392,7 @@ class ChunksFromOpenAI:
         candidate.update({"finishReason": reason} if reason else {})
         sources = openai_sources(delta.get("annotations") or ())
         candidate.update({"groundingMetadata": sources} if sources else {})
-        usage = openai_usage(chunk.get("usage") or {})
+        usage = openai_usage(chunk.get("usage") or choice.get("usage") or {})
         return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
 
     def _reasoning(self, delta: Json) -> List[Json]:
@@ -2362,16 +2407,19 @@ class ChunksFromOpenAI:
         return [{"text": text, "thought": True}] if text else []
 
     def _tool_call(self, delta: Json) -> None:
-        """Add a piece of a call: by its index, unless an id or a name shows that it is another."""
+        """Add a piece of a call: by its index, unless a name comes with another id, or behind whole
+        arguments: that is another call."""
         function = delta.get("function") or {}
         id_, name = delta.get("id") or "", function.get("name") or ""
         call = self._by_index.get(delta.get("index"))
-        if call is None or (id_ and call["id"] and id_ != call["id"]):
+        arguments = function.get("arguments") or ""
+        other = call and id_ and call["id"] and id_ != call["id"]
+        whole = call and not id_ and arguments and openai_arguments(call["arguments"])
+        if call is None or (name and (other or whole)):
             call = {"id": id_, "name": "", "arguments": "", "extra": None}
             self._calls.append(call)
             self._by_index[delta.get("index")] = call
         call["id"], call["name"] = call["id"] or id_, call["name"] or name
-        arguments = function.get("arguments") or ""
         call["arguments"] += (arguments if isinstance(arguments, str)
                               else dump_json(arguments).decode("ascii"))
         call["extra"] = delta.get("extra_content") or call["extra"]
@@ -2392,10 +2440,12 @@ class ChunksFromOpenAI:
                     call["id"][:200].encode("utf-8", "replace")).decode("ascii").rstrip("=")
             kept = dict(self._kept) if not parts else {}
             kept.update({"extra_content": call["extra"]} if call["extra"] else {})
-            part.update({"thoughtSignature": kept_signature(kept)} if kept else {})
+            if kept:
+                part["thoughtSignature"] = kept_signature(kept, self._dialect)
             parts.append(part)
         if not calls and self._kept.get("reasoning_details"):
-            parts.append({"text": "", "thoughtSignature": kept_signature(self._kept)})
+            parts.append({"text": "", "thoughtSignature": kept_signature(self._kept,
+                                                                         self._dialect)})
         self._kept = {}
         return parts, malformed
 
@@ -2410,7 +2460,7 @@ def openai_texts(content: Any) -> List[str]:
 def openai_arguments(text: str) -> Optional[Json]:
     """A call's arguments; {} if there are none, None if they cannot be read."""
     try:
-        args = json.loads(text) if text.strip() else {}
+        args = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
         args = json.loads(args) if isinstance(args, str) else args
     except (ValueError, RecursionError):
         return None
@@ -2421,8 +2471,9 @@ def join_details(kept: List[Json], details: Sequence[Json]) -> None:
     """Add pieces of reasoning_details: those of one index and type are one, cut into pieces."""
     for detail in details:
         last = kept[-1] if kept else {}
+        other_id = detail.get("id") and last.get("id") not in (None, detail["id"])
         if any(last.get(key) != detail.get(key) for key in ("type", "index")) or (
-                detail.get("type") == "reasoning.encrypted"):
+                detail.get("type") == "reasoning.encrypted" or other_id or last.get("signature")):
             kept.append(dict(detail))
             continue
         for key, value in detail.items():
@@ -2458,7 +2509,10 @@ def openai_usage(usage: Json) -> Json:
               or usage.get("prompt_cache_hit_tokens") or 0)
     counts = {"promptTokenCount": prompt, "cachedContentTokenCount": cached,
               "candidatesTokenCount": completion, "thoughtsTokenCount": thoughts}
-    return dict(counts, **{"cost": usage["cost"]} if usage.get("cost") is not None else {})
+    cost = usage.get("cost")
+    if cost is not None and usage.get("is_byok"):  # then it is OpenRouter's fee alone
+        cost += (usage.get("cost_details") or {}).get("upstream_inference_cost") or 0
+    return dict(counts, **{"cost": cost} if cost is not None else {})
 
 
 # ---- 8. Gemini answer -> Anthropic events (pure) --------------------------------------------
@@ -2484,11 +2538,11 @@ class MessageEmitter:
         self.spent: List[Json] = []  # the usage of answers that were of no use
         self._new_id = new_id
         self._remember = remember
-        self._names = translation.names if translation else {}
-        self._schemas = translation.schemas if translation else {}
-        self._session = translation.session if translation else ""
-        self._thinking = translation.thinking if translation else "shown"
-        self._single_call = bool(translation and translation.single_call)
+        self._names: Dict[str, str] = {}
+        self._schemas: Dict[str, Any] = {}
+        self._session, self._thinking, self._single_call = "", "shown", False
+        if translation:
+            self.adopt(translation)
         self.input_tokens = input_tokens
         self._edits_wanted = edits_wanted
         self._out: List[Json] = []
@@ -2501,6 +2555,12 @@ class MessageEmitter:
         self._grounding: Json = {}
         self._seen_calls: set = set()
         self._code_id = ""
+
+    def adopt(self, translation: Translation) -> None:
+        """Read answers as answers to this request; a fallback model may have got another one."""
+        self._names, self._schemas = translation.names, translation.schemas
+        self._session, self._thinking = translation.session, translation.thinking
+        self._single_call = translation.single_call
 
     def start(self) -> List[Json]:
         """-> [message_start], with an estimate of the input; the truth follows in message_delta."""
@@ -3135,7 +3195,7 @@ class TokenCounts:
 
 
 class KeyRing:
-    """The Gemini keys in turn; one that failed rests for a while, for the model it failed on."""
+    """An upstream's keys in turn; one that failed rests for a while, for the model it failed on."""
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._keys, self._clock = tuple(keys), clock
@@ -3367,6 +3427,7 @@ class Reply:
                  give_back: Callable[[Any], None]) -> None:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
         self._file = connection.sock.makefile("rb", 65536)
+        self.hurried = False
         for _ in range(20):  # 1xx only announces another
             self.status, keeps, lines = self._head()
             if self.status >= 200:
@@ -3400,6 +3461,10 @@ class Reply:
         """The body's length is told, by a header or by chunks: a cut can be seen."""
         return self._chunked or self._left >= 0
 
+    @property
+    def has_length(self) -> bool:
+        return not self._chunked and self._left >= 0
+
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if it ends too early."""
         if self._chunked:
@@ -3432,6 +3497,12 @@ class Reply:
             self._give_back(connection)
         elif connection:
             connection.close()
+
+    def hurry(self, seconds: float) -> None:
+        """The answer is there: wait no longer than this for more."""
+        if self._connection and not self.hurried:
+            self.hurried = True
+            self._connection.sock.settimeout(seconds)
 
     def close(self) -> None:
         """Give up a body that was not read to its end."""
@@ -3612,6 +3683,7 @@ class Upstream:
     BACKOFF_SECONDS = 0.5    # of the first wait, at most; it doubles, up to 16 times this
     TOTAL_SECONDS = 120.0    # no new try is begun after this
     COUNT_SECONDS = 2.0      # for a token count, or a list of models
+    LAST_SECONDS = 5.0       # for what may follow a finishReason
     LONGEST_WAIT = 5.0       # a longer retry delay is the client's to wait: it needs to see the 429
 
     def __init__(self, config: Config, opener: Any, base: str, keys: Sequence[str]) -> None:
@@ -3643,7 +3715,7 @@ class Upstream:
                 change = self.repair(error, body, repaired) if error.status == 400 else None
                 if change is not None:
                     body = change
-                elif self._next_key(error, exchange) or self._next_token(repaired):
+                elif self._next_key(error, exchange) or self.next_token(repaired):
                     pass
                 elif self._may_retry(error, exchange):
                     exchange.failures += 1
@@ -3652,8 +3724,12 @@ class Upstream:
                     error.transient = False  # its tries are used up
                     raise
                 exchange.retries += 1
+        self.accepted(exchange, body, repaired)
         yield first
         yield from attempt
+
+    def accepted(self, exchange: Exchange, body: Json, repaired: set) -> None:
+        """Learn from repairs that have helped."""
 
     def first_body(self, exchange: Exchange) -> Json:
         """The body to begin with."""
@@ -3677,7 +3753,7 @@ class Upstream:
 
     def _next_key(self, error: ProxyError, exchange: Exchange) -> bool:
         """Rest the key that was refused or is at its limit; whether another one can be asked."""
-        if error.status not in (403, 429) or exchange.client_key:
+        if error.status not in (402, 403, 429) or exchange.client_key:
             return False
         lasting = error.should_retry is False
         seconds = 3600.0 if lasting else min(max(1.0, error.retry_after or 10.0), 3600.0)
@@ -3685,11 +3761,9 @@ class Upstream:
         return (self.keys.rest(exchange.key_number, exchange.model, seconds)
                 and exchange.key_changes < len(self.key_list))
 
-    def _next_token(self, repaired: set) -> bool:
+    def next_token(self, repaired: set) -> bool:
         """Whether the bearer token was refused for the first time; the next try makes a new one."""
-        first = "token" not in repaired
-        repaired.add("token")
-        return first and bool(self._config.gemini_token_command) and not self._token
+        return False
 
     def _may_retry(self, error: ProxyError, exchange: Exchange) -> bool:
         """Only what may pass by itself: overload, faults, resets, short limits. Silence is not."""
@@ -3716,14 +3790,17 @@ class Upstream:
                 yield self._without_stream(exchange, body, reply)
             elif reply.status == 200 and "event-stream" not in reply.content_type:
                 value = parse_upstream(reply.read())
-                yield read(self._checked(value if isinstance(value, list) else [value], exchange))
+                value = value if isinstance(value, list) else [value]
+                yield read(self._checked(value, exchange)) + read(None)
                 self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
             else:
                 self._check(reply, exchange)
                 finished = reply.is_framed
-                for batch in batches_from_sse(reply.pieces()):
+                for batch in self._until_idle(reply):
                     batch = read(self._checked(batch, exchange))
-                    finished = finished or b"finishReason" in dump_json(batch)
+                    if has_finish(batch):
+                        finished = True
+                        reply.hurry(self.LAST_SECONDS)
                     yield batch
                 if not finished:  # only the closed connection said that this was the end
                     raise http.client.IncompleteRead(b"")
@@ -3734,6 +3811,14 @@ class Upstream:
             raise broken(exc, exchange, self.HOUSE) from exc
         finally:
             reply.close()
+
+    def _until_idle(self, reply: Reply) -> Iterator[List[Json]]:
+        """Batches of a stream; one that has finished and stays open ends, too."""
+        try:
+            yield from batches_from_sse(reply.pieces())
+        except socket.timeout:
+            if not reply.hurried:
+                raise
 
     def lacks_streams(self, status: int) -> bool:
         """Whether this answer to a request for a stream may mean that there are none."""
@@ -3816,11 +3901,13 @@ class Upstream:
                 self._models_until = time.monotonic() + (600 if found else 30)
         return found
 
-    def get_json(self, path: str, client_key: str = "") -> Any:
+    def get_json(self, path: str, client_key: str = "",
+                 headers: Mapping[str, str] = MappingProxyType({})) -> Any:
         """GET something small. Raises ProxyError."""
         exchange = Exchange({}, [""], lambda model: None, False, client_key)
         try:
-            with contextlib.closing(self.send(exchange, path, None, self.COUNT_SECONDS)) as reply:
+            with contextlib.closing(self.send(exchange, path, None, self.COUNT_SECONDS,
+                                              headers)) as reply:
                 self._check(reply, exchange)
                 return parse_upstream(reply.read(10 << 20))
         except (OSError, http.client.HTTPException, ValueError) as exc:
@@ -3828,7 +3915,7 @@ class Upstream:
 
     def send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float = 0,
              headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
-        """The only place that talks to the network."""
+        """The only place that talks to an upstream."""
         fields = {"Content-Type": "application/json", "Accept-Encoding": "identity",
                   "User-Agent": "claude_gemini_proxy/" + __version__}
         fields.update(headers)
@@ -3841,15 +3928,17 @@ class Upstream:
             raise broken(exc, exchange, self.HOUSE) from exc
 
     def next_key(self, exchange: Exchange) -> str:
-        """The client's key, or the next of ours."""
-        if exchange.client_key:
-            return exchange.client_key
         exchange.key_number = self.keys.acquire(exchange.model)
         return self.keys.key(exchange.key_number)
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         key = self.next_key(exchange)
         return {"Authorization": "Bearer " + key} if key else {}
+
+
+def has_finish(batch: Sequence[Json]) -> bool:
+    return any("finishReason" in candidate for chunk in batch
+               for candidate in _dicts(chunk.get("candidates")))
 
 
 class Gemini(Upstream):
@@ -3934,6 +4023,15 @@ class Gemini(Upstream):
             body = without_invocations(body)
         return self.send(exchange, "%s:%s" % (path, action), self._tools.dump(body), timeout)
 
+    def next_key(self, exchange: Exchange) -> str:
+        """The client's own key (CLIENT_KEYS), or the next of ours."""
+        return exchange.client_key or super().next_key(exchange)
+
+    def next_token(self, repaired: set) -> bool:
+        first = "token" not in repaired
+        repaired.add("token")
+        return first and bool(self._config.gemini_token_command) and not self._token
+
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
             return {"Authorization": "Bearer " + self._command_token()}
@@ -3961,16 +4059,14 @@ class Gemini(Upstream):
 class OpenAI(Upstream):
     """OpenRouter, or another server that speaks OpenAI's chat completions."""
 
-    # What a 400 may complain of that an answer can do without.
-    LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
-                "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
-
     def __init__(self, name: str, config: Config, opener: Any) -> None:
         keys = config.openrouter_api_key if name == "openrouter" else config.openai_api_key
         super().__init__(config, opener, config.base(name), _names(keys))
         self.HOUSE = "OpenRouter" if name == "openrouter" else "The server"
         self.SETTING = "OPENROUTER_API_KEY" if name == "openrouter" else "OPENAI_API_KEY"
-        self._refused: Dict[str, Tuple[str, ...]] = {}  # by model, also under _lock
+        self._dialect = openai_dialect(name, config)
+        # {model: {(field, its value as JSON)}}, also under _lock
+        self._refused: Dict[str, FrozenSet[Tuple[str, str]]] = {}
 
     def first_body(self, exchange: Exchange) -> Json:
         """Without what the model has refused before. A model that the upstream does not list is
@@ -3980,38 +4076,47 @@ class OpenAI(Upstream):
         model = body["model"]
         if model == "default" and listed:
             model = next(iter(listed))
-        elif "/" in model and model[0] != "~" and listed and not {
-                model, model.partition(":")[0]} & set(listed):
+        elif "/" in model and model[0] != "~" and listed and not any(
+                model in (id_, id_.partition(":")[0]) or model.partition(":")[0] == id_
+                for id_ in listed):
             near = difflib.get_close_matches(model, listed, 3, 0.4)
             raise ProxyError(404, "model: %s is not offered%s" % (
                 exchange.model, "; there are %s" % ", ".join(near) if near else ""))
         body = dict(body, model=model)
-        for name in self._refused.get(model, ()):
-            body = without_field(body, name)
+        if exchange.stream:
+            body["stream_options"] = {"include_usage": True}
+        for name, value in self._refused.get(model, ()):
+            if json.dumps(exchange.translation.body.get(name)) == value:
+                body = without_field(body, name)
         return body
 
     def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
-        named = [name for name in ("max_tokens", "max_completion_tokens") + self.LUXURIES
-                 if name in body and re.search(r"(?i)\b%s\b" % name, error.message)]
-        if not named and re.search(r"(?i)content (?:blocks|part|type)|image|file|multimodal|vision",
-                                   error.message):
-            named = ["media"]
-        named = [name for name in named if name not in repaired][:1]
-        if not named:
-            return None
-        repaired.add(named[0])
-        LOG.warning("%s refused %s: sent again without", self.HOUSE, named[0])
-        with self._lock:
-            self._refused[body["model"]] = self._refused.get(body["model"], ()) + (named[0],)
-        return without_field(body, named[0])
+        for name, changed in openai_repairs(body, error.message):
+            if name not in repaired and changed != body:
+                repaired.add(name)
+                LOG.warning("%s refused %s: sent again without", self.HOUSE, name)
+                return changed
+        return None
+
+    def accepted(self, exchange: Exchange, body: Json, repaired: set) -> None:
+        """Fields that were refused are not sent again with these values, now that the rest was
+        taken. Media are: the next ones may be better."""
+        was = exchange.translation.body
+        lasting = {(name, json.dumps(was.get(name))) for name in repaired - {"media"}}
+        if lasting:
+            with self._lock:
+                known = self._refused.get(body["model"], frozenset())
+                self._refused[body["model"]] = frozenset(sorted(known | lasting)[:50])
 
     def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
         if stream:
-            body = dict(body, stream=True, stream_options={"include_usage": True})
+            body = dict(body, stream=True)
+        else:
+            body = {name: value for name, value in body.items() if name != "stream_options"}
         return self.send(exchange, "chat/completions", dump_json(body))
 
     def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
-        chunks = ChunksFromOpenAI()
+        chunks = ChunksFromOpenAI(self._dialect)
         return lambda objects: (chunks.end() if objects is None
                                 else [chunks.feed(each) for each in objects])
 
@@ -4031,6 +4136,56 @@ class OpenAI(Upstream):
                 "outputTokenLimit": limits.get("max_completion_tokens")
                 if isinstance(limits, dict) else None}
         return found
+
+
+# What a 400 may complain of that an answer can do without.
+LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
+            "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
+_REFUSES = re.compile(r"(?i)unsupported|not support|support(?:s|ed)? only|unrecognized|unknown"
+                      r"|unexpected|not (?:allowed|permitted)|extra (?:inputs|fields)|mandatory")
+_AT_MOST = re.compile(r"(?:at most|less than or equal to|maximum (?:value )?is|<=) (\d{1,9})")
+_NO_USER_AFTER_TOOL = re.compile(r"(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool")
+
+
+def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
+    """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
+    limit = next((name for name in ("max_tokens", "max_completion_tokens") if name in body), "")
+    room, most = _OVERFLOW.search(message), _AT_MOST.search(message)
+    if limit in message and limit and _REFUSES.search(message) and not most:
+        yield limit, without_field(body, limit)
+    elif room or (most and "token" in message):
+        lower = int(most.group(1)) if most else overflow_room(room)
+        yield "a larger " + limit, dict(body, **{limit: max(1, min(lower, body.get(limit, lower)))})
+    for name in LUXURIES if _REFUSES.search(message) else ():
+        if name in body and re.search(r"(?i)\b%s\b" % name, message):
+            yield name, without_field(body, name)
+    if "reasoning_content" in message:
+        yield "a call without reasoning_content", dict(body, messages=[
+            dict({"reasoning_content": " "}, **message_) if "tool_calls" in message_ else message_
+            for message_ in body["messages"]])
+    if _NO_USER_AFTER_TOOL.search(message):
+        yield "a text after tools", dict(body, messages=users_into_tools(body["messages"]))
+    if re.search(r"(?i)content (?:blocks|part|type)|\b(?:image|images|file|multimodal|vision)\b",
+                 message):
+        yield "media", without_field(body, "media")
+
+
+def overflow_room(overflow: Any) -> int:
+    """How many tokens an answer may have, by an error that names the context and the prompt."""
+    limit, tokens = overflow_numbers(overflow)
+    return max(1, limit - tokens - 16)
+
+
+def users_into_tools(messages: Sequence[Json]) -> List[Json]:
+    """Texts that follow tool results, as a part of the last result."""
+    out: List[Json] = []
+    for message in messages:
+        follows = bool(out) and out[-1]["role"] == "tool" and message["role"] == "user"
+        if follows and isinstance(message["content"], str):
+            out[-1] = dict(out[-1], content=out[-1]["content"] + "\n\n" + message["content"])
+        else:
+            out.append(message)
+    return out
 
 
 def without_field(body: Json, name: str) -> Json:
@@ -4088,12 +4243,12 @@ class Upstreams:
     def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
         """The answer's chunks; of the next model where one has no quota, no room, or is unknown."""
         while True:
-            batches = self.of(exchange.model).batches(exchange)
             try:
+                batches = self.of(exchange.model).batches(exchange)
                 first = next(batches, [])
                 break
             except ProxyError as error:
-                if error.status not in (404, 429, 529) or not exchange.next_model():
+                if error.status not in (402, 404, 429, 529) or not exchange.next_model():
                     raise
                 exchange.retries += 1
                 LOG.warning("falling back to %s", exchange.model)
@@ -4133,6 +4288,13 @@ class Anthropic(Upstream):
     KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
             "anthropic-dangerous-direct-browser-access")
 
+    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
+        raise ProxyError(404, "model: %s passes through as it is, so it cannot stand in for another"
+                         % exchange.model)
+
+    def count(self, exchange: Exchange) -> Optional[int]:
+        return None
+
     def forward(self, exchange: Exchange, path: str, body: bytes,
                 headers: Mapping[str, str]) -> Reply:
         kept = {name: value for name, value in headers.items()
@@ -4144,14 +4306,10 @@ class Anthropic(Upstream):
 
     def list_models(self, client_key: str = "") -> Dict[str, Json]:
         """Source: https://docs.claude.com/en/api/models-list (read 2026-11-20)."""
-        exchange = Exchange({}, [""], lambda model: None, False, client_key)
-        with contextlib.closing(self.send(exchange, "v1/models?limit=1000", None,
-                                          self.COUNT_SECONDS,
-                                          {"anthropic-version": "2023-06-01"})) as reply:
-            self._check(reply, exchange)
-            page = parse_upstream(reply.read(10 << 20))
+        page = self.get_json("v1/models?limit=1000", client_key,
+                             {"anthropic-version": "2023-06-01"})
         return {str(model.get("id")): {"displayName": model.get("display_name")}
-                for model in _dicts(page.get("data"))}
+                for model in _dicts(page.get("data") if isinstance(page, dict) else page)}
 
 
 def parse_upstream(raw: bytes) -> Any:
@@ -4194,6 +4352,7 @@ def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retr
     while True:
         try:
             for batch in upstream.batches(exchange):
+                emitter.adopt(exchange.translation)
                 emit(emitter.feed_all, batch)
         except ProxyError as error:
             if not error.transient or emitter.has_begun or exchange.failures >= max_retries:
@@ -4475,6 +4634,17 @@ class DeadlineReader(io.RawIOBase):
             self._sock.settimeout(usual)
 
 
+def without_own_thoughts(request: Json) -> Json:
+    """A request without the thinking blocks that were made here: Anthropic refuses them."""
+    def is_own(block: Any) -> bool:
+        return isinstance(block, dict) and str(block.get("signature")).startswith(
+            (CALL_MARK, THOUGHT_MARK))
+    return request if not isinstance(request.get("messages"), list) else dict(request, messages=[
+        dict(message, content=[block for block in message["content"] if not is_own(block)])
+        if isinstance(message, dict) and isinstance(message.get("content"), list) else message
+        for message in request["messages"]])
+
+
 def translated(request: Json, config: Config,
                lookup: Callable[[str], Optional[str]] = lambda key: None,
                declare: Optional[Callable[[Json], Json]] = None, model: str = "") -> Translation:
@@ -4482,9 +4652,7 @@ def translated(request: Json, config: Config,
     upstream, name = split_name(model)
     if upstream == "gemini":
         return to_gemini(request, name, config, lookup, declare)
-    official = config.base(upstream).startswith(OPENAI_BASE)
-    dialect = "openrouter" if upstream == "openrouter" else "openai" if official else "other"
-    return to_openai(request, name, config, lookup, declare, dialect)
+    return to_openai(request, name, config, lookup, declare, openai_dialect(upstream, config))
 
 
 class ProxyHandler(BaseHTTPRequestHandler):
@@ -4803,34 +4971,43 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
         byte; only `anthropic/` before the model's name goes."""
         model = request.get("model") if isinstance(request, dict) else None
-        name = resolve_model(model, self.server.config) if isinstance(model, str) else ""
+        is_name = isinstance(model, str) and model.isprintable()
+        name = resolve_model(model, self.server.config) if is_name else ""
         if split_name(name)[0] != "anthropic" or not isinstance(self.server.upstream, Upstreams):
             return False
         started = time.monotonic()
         upstream = self.server.upstream.of(name)
         exchange = Exchange(request, [name], lambda model: None, False)
-        if split_name(name)[1] != model:
-            body = dump_json(dict(request, model=split_name(name)[1]))
+        if self.server.config.budget_usd:
+            raise ProxyError(402, "BUDGET_USD cannot be kept for %s: it passes through uncounted."
+                             % name, should_retry=False)
+        if split_name(name)[1] != model or b"gemini-" in body:
+            body = dump_json(dict(without_own_thoughts(request), model=split_name(name)[1]))
         with self.server.heartbeat.watching(exchange, self.connection):
             reply = upstream.forward(exchange, self.path, body, self.headers)
             try:
                 self.relay(reply)
-            except http.client.HTTPException as exc:
+            except (OSError, http.client.HTTPException) as exc:
                 raise ConnectionAbortedError("the answer was cut") from exc
             finally:
                 reply.close()
-        LOG.info("%s %s -> %s %d, passed through, all %d ms", self.request_id, model, name,
-                 reply.status, (time.monotonic() - started) * 1000)
+        total = round((time.monotonic() - started) * 1000)
+        LOG.info("%s %s -> %s %d, passed through, all %d ms", self.request_id, model[:100], name,
+                 reply.status, total)
+        self.server.traffic.add({"status": reply.status, "requested": model[:100],
+                                 "total_ms": total})
         return True
 
     def relay(self, reply: Reply) -> None:
         """An upstream's answer to the client as it comes."""
         hop = ("connection", "keep-alive", "transfer-encoding", "proxy-authenticate", "trailer")
         head = ["HTTP/1.1 %d %s" % (reply.status, http.client.responses.get(reply.status, "-"))]
+        if not reply.has_length:
+            hop += ("content-length",)
         head += ["%s: %s" % item for item in reply.fields.items() if item[0] not in hop]
-        chunked = "content-length" not in reply.fields and self.request_version == "HTTP/1.1"
+        chunked = not reply.has_length and self.request_version == "HTTP/1.1"
         head += ["transfer-encoding: chunked"] if chunked else []
-        self.close_connection |= not chunked and "content-length" not in reply.fields
+        self.close_connection |= not chunked and not reply.has_length
         head += ["connection: close"] if self.close_connection else []
         self.wfile.write("\r\n".join(head + ["", ""]).encode("latin-1"))
         for piece in reply.pieces():
@@ -4913,9 +5090,10 @@ class ProxyHandler(BaseHTTPRequestHandler):
                 extra={"fields": dict(fields, error=problem) if problem else fields})
         self.server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
         self.logged = True
-        if "promptTokenCount" in usage:
+        if usage.get("promptTokenCount"):
             self.server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
-        model = ("model", exchange.model)
+        # what no upstream has answered for may be any name, and there are many
+        model = ("model", exchange.model if usage or status == 200 else "-")
         counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
         counts += [("cost_usd_total", cost, (model,))] if cost is not None else []
         counts += [("tokens_total", usage[name], (("kind", kind), model))
