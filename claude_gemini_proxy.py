@@ -181,6 +181,12 @@ ERROR_TYPES = MappingProxyType({
 DUMMY_SIGNATURE = "skip_thought_signature_validator"
 # What a thinking block of ours carries in `signature`: that of the tool call behind it, or its own.
 CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
+# Before what an OpenAI-compatible upstream wants back, kept like a signature; its form of names,
+# and our ids that hold one of its own.
+OPENAI_RULE = (("",), 0, (), (0, 0), True)  # as a row of MODEL_RULES; of no generation of Gemini's
+OPENAI_MARK = "openai-"
+_OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 
 # Media that a functionResponse may hold (3 and later):
 # https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
@@ -485,26 +491,6 @@ def _one_of(value: str, *allowed: str) -> str:
     return value.lower()
 
 
-def _auth_type(value: str) -> str:
-    return _one_of(value, "api-key", "bearer")
-
-
-def _upstream(value: str) -> str:
-    return _one_of(value, "gemini", "openai", "openrouter", "anthropic")
-
-
-def _stream_mode(value: str) -> str:
-    return _one_of(value, "live", "replay")
-
-
-def _log_format(value: str) -> str:
-    return _one_of(value, "text", "json")
-
-
-def _log_level(value: str) -> str:
-    return _one_of(value, "debug", "info", "warning", "error")
-
-
 def _names(value: str) -> Tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
@@ -593,13 +579,15 @@ class Config:
                lambda host: "https://%s/v1beta" % host.split("//")[-1].strip("/"))),
         help="where Gemini is, with the version"))
     gemini_auth_type: str = field(default="api-key", metadata=dict(
-        parse=_auth_type, help="api-key (x-goog-api-key) or bearer (Authorization)"))
+        parse=lambda value: _one_of(value, "api-key", "bearer"),
+        help="api-key (x-goog-api-key) or bearer (Authorization)"))
     gemini_token_command: str = field(default="", repr=False, metadata=dict(
         parse=_text, secret=True, dotenv=False,
         help="command that prints a bearer token; run without a shell, again after a 401"))
     upstream: str = field(default="", metadata=dict(
-        parse=_upstream, help="gemini, openai, openrouter or anthropic, for names that say nothing "
-                              "else (empty: the first of them that has a key)"))
+        parse=lambda value: _one_of(value, "gemini", "openai", "openrouter", "anthropic"),
+        help="gemini, openai, openrouter or anthropic, for names that say nothing else (empty: the "
+             "first of them that has a key)"))
     openrouter_api_key: str = field(default="", repr=False, metadata=dict(
         parse=_secret, secret=True, help="OpenRouter key, or several separated by commas"))
     openai_api_key: str = field(default="", repr=False, metadata=dict(
@@ -647,8 +635,9 @@ class Config:
     budget_usd: float = field(default=0.0, metadata=dict(
         parse=_usd, help="what may be spent before requests are refused (0: no limit)"))
     stream_mode: str = field(default="live", metadata=dict(
-        parse=_stream_mode, also=(("FORCE_DISABLE_STREAMING", _replay_if_true),
-                                  ("EMERGENCY_DISABLE_STREAMING", _replay_if_true)),
+        parse=lambda value: _one_of(value, "live", "replay"), also=(
+            ("FORCE_DISABLE_STREAMING", _replay_if_true),
+            ("EMERGENCY_DISABLE_STREAMING", _replay_if_true)),
         help="live, or replay: whole answers sent as a stream"))
     ping_interval: float = field(default=15.0, metadata=dict(
         parse=_seconds, help="seconds of quiet after which a stream gets a ping"))
@@ -672,9 +661,11 @@ class Config:
     max_connections: int = field(default=512, metadata=dict(
         parse=_positive, help="connections served at once; one more gets a 529"))
     log_level: str = field(default="info", metadata=dict(
-        parse=_log_level, help="debug, info, warning or error"))
+        parse=lambda value: _one_of(value, "debug", "info", "warning", "error"),
+        help="debug, info, warning or error"))
     log_format: str = field(default="text", metadata=dict(
-        parse=_log_format, help="text, or json: one object a line"))
+        parse=lambda value: _one_of(value, "text", "json"),
+        help="text, or json: one object a line"))
     log_file: str = field(default="", metadata=dict(
         parse=_text, dotenv=False,
         help="file for the log instead of stderr; with run, nowhere if empty"))
@@ -1034,14 +1025,14 @@ def check_request(body: Any) -> Json:
         if not expect(stop, (str,), "stop_sequences[%d]" % i).strip():
             raise invalid("stop_sequences[%d]: must hold more than white space" % i)
     if len(stops) > 5:
-        raise invalid("stop_sequences: Gemini takes 5 at most, not %d" % len(stops))
+        raise invalid("stop_sequences: 5 at most are taken, not %d" % len(stops))
     container = body.get("container")
     for name, used in (("mcp_servers", body.get("mcp_servers")),
                        ("compaction", body.get("compaction")),
                        ("container.skills", isinstance(container, dict)
                         and container.get("skills"))):
         if used:
-            raise invalid("%s: needs Anthropic's own servers and is not supported on Gemini" % name)
+            raise invalid("%s: needs Anthropic's own servers and is not supported here" % name)
     # on this code the SDKs' tool runners send the whole history (SDK 2.11.0)
     if body.get("thread"):
         raise ProxyError(400, "thread: is not supported; send the whole conversation without it",
@@ -1499,7 +1490,7 @@ def media_part(source: Json, what: str, default_type: str, history: History) -> 
         return {"fileData": {"mimeType": mime, "fileUri": url}}
     if kind == "file":
         raise invalid(
-            ".source: file ids need Anthropic's Files API, which Gemini does not have; send base64")
+            ".source: file ids need Anthropic's Files API, which is not there; send base64")
     if kind != "base64":
         raise invalid(".source.type: must be base64 or url, not %s" % json.dumps(kind)[:80])
     data = expect(source.get("data"), (str,), ".source.data")
@@ -1585,7 +1576,7 @@ def dropped_parts(block: Json, history: History) -> List[Json]:
 
 
 def refused_parts(block: Json, history: History) -> List[Json]:
-    raise invalid(": %s blocks need Anthropic's Files API, which Gemini does not have"
+    raise invalid(": %s blocks need Anthropic's Files API, which is not there"
                   % block["type"])
 
 
@@ -1628,13 +1619,13 @@ def offered_tools(request: Json, history: History) -> List[Json]:
         path = "tools[%d]" % i
         kind = expect(expect(tool, (dict,), path).get("type") or "custom", (str,), path + ".type")
         if kind == "mcp_toolset":  # the one that has no name
-            raise invalid("%s: %s is not supported on Gemini" % (path, kind))
+            raise invalid("%s: %s is not supported here" % (path, kind))
         if not expect(tool.get("name"), (str,), path + ".name"):
             raise invalid("%s.name: a tool name is required" % path)
         if tool.get("input_schema") is not None:
             expect(tool["input_schema"], (dict,), path + ".input_schema")
         if kind.startswith(REFUSED_TOOLS):
-            raise invalid("%s: %s is not supported on Gemini" % (path, kind))
+            raise invalid("%s: %s is not supported here" % (path, kind))
         if kind.startswith("tool_search_tool_"):
             searchable = True
         elif tool["name"] != "DeferredToolPlaceholder":
@@ -1788,7 +1779,7 @@ def generation_config(request: Json, limit: int, as_wanted: bool) -> Json:
     return generation
 
 
-# ---- 6. JSON Schema -> what Gemini takes (pure) ---------------------------------------------
+# ---- 6. JSON Schema -> what Gemini takes, and other repairs (pure) ---------------------------
 
 # Recorded as accepted through parametersJsonSchema; everything else is told in the description.
 _LENGTHS = MappingProxyType({"array": ("minItems", "maxItems"),
@@ -2132,10 +2123,6 @@ def with_dummy_signatures(body: Json) -> Json:
 # https://platform.openai.com/docs/api-reference/chat, https://openrouter.ai/docs (both read
 # 2026-11-21), and recorded exchanges. What such an upstream wants back with a tool call (encrypted
 # reasoning, its own id of the call) is kept like a thought signature, as base64 behind a mark.
-OPENAI_RULE = (("",), 0, (), (0, 0), True)  # as a row of MODEL_RULES; of no generation of Gemini's
-OPENAI_MARK = "openai-"
-_OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 OPENAI_FINISH = MappingProxyType({"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP",
                                   "function_call": "STOP", "content_filter": "SAFETY",
                                   "eos": "STOP", "model_length": "MAX_TOKENS"})
@@ -3060,12 +3047,12 @@ def _objects(raw: bytes) -> List[Json]:
 #
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
-#   SignatureCache, KeyRing, Metrics,
-#   Traffic                             process        every handler      one each, for dictionaries
-#   Declarations, ToolBytes,
-#   TokenCounts, ConnectionPool         process        every handler      one each, not held in I/O
-#   MessageEmitter                      one answer     handler, pings     its EventStream's
-#   EventStream                         one answer     handler, pings     one, held while writing
+#   SignatureCache, KeyRing, Metrics,   process        every handler      one each, for dictionaries
+#   Traffic, TokenCounts, Bounded                                         (Traffic holds one more)
+#   Upstream, ConnectionPool            process        every handler      one each, not held in I/O
+#   Heartbeat                           process        handlers, pings    one, for what it watches
+#   Exchange                            one request    handler, pings     one, for its connection
+#   EventStream, its MessageEmitter     one answer     handler, pings     one, held while writing
 
 class SignatureCache:
     """Thought signatures by tool_use id or text key: an LRU bound in entries, age and bytes."""
@@ -4211,6 +4198,37 @@ def without_media(message: Json) -> Json:
                                              for part in message["content"]))
 
 
+class Anthropic(Upstream):
+    """Anthropic itself: nothing is translated, requests and answers pass as they are."""
+
+    HOUSE, SETTING = "Anthropic", "ANTHROPIC_API_KEY"
+    KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
+            "anthropic-dangerous-direct-browser-access")
+
+    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
+        raise ProxyError(404, "model: %s passes through as it is, so it cannot stand in for another"
+                         % exchange.model)
+
+    def count(self, exchange: Exchange) -> Optional[int]:
+        return None
+
+    def forward(self, exchange: Exchange, path: str, body: bytes,
+                headers: Mapping[str, str]) -> Reply:
+        kept = {name: value for name, value in headers.items()
+                if name in self.KEPT or name.startswith("x-stainless-")}
+        return self.send(exchange, path.lstrip("/"), body, 0, kept)
+
+    def authorization(self, exchange: Exchange) -> Dict[str, str]:
+        return {"x-api-key": self.next_key(exchange)}
+
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+        """Source: https://docs.claude.com/en/api/models-list (read 2026-11-20)."""
+        page = self.get_json("v1/models?limit=1000", client_key,
+                             {"anthropic-version": "2023-06-01"})
+        return {str(model.get("id")): {"displayName": model.get("display_name")}
+                for model in _dicts(page.get("data") if isinstance(page, dict) else page)}
+
+
 class Upstreams:
     """All upstreams that are configured, as one. FALLBACK_MODELS may lead from one to another."""
 
@@ -4279,37 +4297,6 @@ class Upstreams:
 
     def close(self) -> None:
         self._pool.close_idle()
-
-
-class Anthropic(Upstream):
-    """Anthropic itself: nothing is translated, requests and answers pass as they are."""
-
-    HOUSE, SETTING = "Anthropic", "ANTHROPIC_API_KEY"
-    KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
-            "anthropic-dangerous-direct-browser-access")
-
-    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
-        raise ProxyError(404, "model: %s passes through as it is, so it cannot stand in for another"
-                         % exchange.model)
-
-    def count(self, exchange: Exchange) -> Optional[int]:
-        return None
-
-    def forward(self, exchange: Exchange, path: str, body: bytes,
-                headers: Mapping[str, str]) -> Reply:
-        kept = {name: value for name, value in headers.items()
-                if name in self.KEPT or name.startswith("x-stainless-")}
-        return self.send(exchange, path.lstrip("/"), body, 0, kept)
-
-    def authorization(self, exchange: Exchange) -> Dict[str, str]:
-        return {"x-api-key": self.next_key(exchange)}
-
-    def list_models(self, client_key: str = "") -> Dict[str, Json]:
-        """Source: https://docs.claude.com/en/api/models-list (read 2026-11-20)."""
-        page = self.get_json("v1/models?limit=1000", client_key,
-                             {"anthropic-version": "2023-06-01"})
-        return {str(model.get("id")): {"displayName": model.get("display_name")}
-                for model in _dicts(page.get("data") if isinstance(page, dict) else page)}
 
 
 def parse_upstream(raw: bytes) -> Any:
