@@ -685,7 +685,7 @@ class Config:
     def keys(self) -> Tuple[str, ...]:
         return _names(self.gemini_api_key)
 
-    @property
+    @functools.cached_property
     def upstreams(self) -> Tuple[str, ...]:
         """Those that are configured, the first one for names that say nothing else."""
         found = [name for name, has in (
@@ -2356,31 +2356,34 @@ class ChunksFromOpenAI:
         delta = choice.get("delta") or {}
         if not self._streams:  # some end a stream with the whole message, too
             delta = choice.get("message") or {}
-        parts = self._reasoning(delta)
-        parts += [{"text": text} for text in openai_texts(delta.get("content"))]
-        parts += [{"fileData": {"mimeType": "image", "fileUri": image["image_url"]["url"]}}
-                  for image in delta.get("images") or ()]
-        for call in delta.get("tool_calls") or ():
-            self._tool_call(call)
-        finish = choice.get("finish_reason") or ""
-        reason = OPENAI_FINISH.get(finish, finish.upper())
-        if delta.get("refusal"):
-            parts.append({"text": delta["refusal"]})
-            self._refuses = True
-        if self._refuses and finish:
-            reason = "REFUSAL"
-        candidate: Json = {}
-        if finish:
-            calls, malformed = self._take_calls()
-            parts += calls
-            if malformed and reason != "MAX_TOKENS":
-                reason, candidate["finishMessage"] = "MALFORMED_FUNCTION_CALL", malformed
-        candidate["content"] = {"parts": parts}
-        candidate.update({"finishReason": reason} if reason else {})
+        self._refuses = self._refuses or bool(delta.get("refusal"))
+        candidate: Json = {"content": {"parts": self._parts(delta)}}
+        if choice.get("finish_reason"):
+            candidate["content"]["parts"] += self._finish(choice["finish_reason"], candidate)
         sources = openai_sources(delta.get("annotations") or ())
         candidate.update({"groundingMetadata": sources} if sources else {})
         usage = openai_usage(chunk.get("usage") or choice.get("usage") or {})
         return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
+
+    def _parts(self, delta: Json) -> List[Json]:
+        """What can go on at once."""
+        parts = self._reasoning(delta)
+        parts += [{"text": text} for text in openai_texts(delta.get("content"))]
+        parts += [{"text": delta["refusal"]}] if delta.get("refusal") else []
+        parts += [{"fileData": {"mimeType": "image", "fileUri": image["image_url"]["url"]}}
+                  for image in delta.get("images") or ()]
+        for call in delta.get("tool_calls") or ():
+            self._tool_call(call)
+        return parts
+
+    def _finish(self, finish: str, candidate: Json) -> List[Json]:
+        """-> the calls; why the answer ended goes into the candidate."""
+        reason = "REFUSAL" if self._refuses else OPENAI_FINISH.get(finish, finish.upper())
+        calls, malformed = self._take_calls()
+        if malformed and reason != "MAX_TOKENS":
+            reason, candidate["finishMessage"] = "MALFORMED_FUNCTION_CALL", malformed
+        candidate["finishReason"] = reason
+        return calls
 
     def _reasoning(self, delta: Json) -> List[Json]:
         """Reasoning -> thought parts, and what of it has to come back."""
@@ -2400,15 +2403,17 @@ class ChunksFromOpenAI:
         id_, name = delta.get("id") or "", function.get("name") or ""
         call = self._by_index.get(delta.get("index"))
         arguments = function.get("arguments") or ""
-        other = call and id_ and call["id"] and id_ != call["id"]
-        whole = call and not id_ and arguments and openai_arguments(call["arguments"])
-        if call is None or (name and (other or whole)):
-            call = {"id": id_, "name": "", "arguments": "", "extra": None}
+        if call and name:
+            other = id_ and call["id"] and id_ != call["id"]
+            whole = not id_ and arguments and openai_arguments("".join(call["arguments"]))
+            call = None if other or whole else call
+        if call is None:
+            call = {"id": id_, "name": "", "arguments": [], "extra": None}
             self._calls.append(call)
             self._by_index[delta.get("index")] = call
         call["id"], call["name"] = call["id"] or id_, call["name"] or name
-        call["arguments"] += (arguments if isinstance(arguments, str)
-                              else dump_json(arguments).decode("ascii"))
+        call["arguments"].append(arguments if isinstance(arguments, str)
+                                 else dump_json(arguments).decode("ascii"))
         call["extra"] = delta.get("extra_content") or call["extra"]
 
     def _take_calls(self) -> Tuple[List[Json], str]:
@@ -2417,9 +2422,10 @@ class ChunksFromOpenAI:
         parts: List[Json] = []
         malformed = ""
         for call in calls:
-            args = openai_arguments(call["arguments"])
+            text = "".join(call["arguments"])
+            args = openai_arguments(text)
             if args is None or not call["name"]:
-                malformed = "%s: %s" % (call["name"], call["arguments"][:200])
+                malformed = "%s: %s" % (call["name"], text[:200])
                 continue
             part: Json = {"functionCall": {"name": call["name"], "args": args}}
             if call["id"]:
@@ -4957,10 +4963,13 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def passes_through(self, request: Any, body: bytes) -> bool:
         """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
         byte; only `anthropic/` before the model's name goes."""
+        if "anthropic" not in self.server.config.upstreams or not isinstance(
+                self.server.upstream, Upstreams):
+            return False
         model = request.get("model") if isinstance(request, dict) else None
         is_name = isinstance(model, str) and model.isprintable()
         name = resolve_model(model, self.server.config) if is_name else ""
-        if split_name(name)[0] != "anthropic" or not isinstance(self.server.upstream, Upstreams):
+        if split_name(name)[0] != "anthropic":
             return False
         started = time.monotonic()
         upstream = self.server.upstream.of(name)
@@ -5020,13 +5029,15 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def check_budget(self, exchange: Exchange) -> None:
         """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
         config, spent = self.server.config, self.server.traffic.spent
-        if config.budget_usd and spent >= config.budget_usd:
+        if not config.budget_usd:
+            return
+        if spent >= config.budget_usd:
             raise ProxyError(402, "The budget is spent: $%.2f of BUDGET_USD=%g since the proxy was "
                              "started. Raise it, or start the proxy anew."
                              % (spent, config.budget_usd), should_retry=False)
         unknown = [model for model in exchange.models if not model.startswith("openrouter/")
                    and not price_of(model, config, today())]  # OpenRouter tells what it takes
-        if config.budget_usd and unknown:
+        if unknown:
             raise ProxyError(402, "BUDGET_USD is set, but the price of %s is not known: set PRICES."
                              % ", ".join(unknown), should_retry=False)
 
