@@ -5410,7 +5410,7 @@ function show(d) {
       span(Date.now() / 1e3 - x.time)]), "No request in the last hour.");
   table("models", "Models", ["asked for", "answered by"], Object.entries(d.models), "");
   const rests = key => Object.entries(key.resting).map(([model, s]) => model + " rests " + span(s));
-  table("keys", "Keys", ["number", "state"], d.keys.map(key => ["key " + key.number,
+  table("keys", "Keys", ["key", "state"], d.keys.map(key => [key.upstream + " " + key.number,
     rests(key).join(", ") || "ready"]), "None: clients bring theirs, or none is needed.");
   const signed = kind => count(d.counters["signatures_total{kind=" + kind + "}"] || 0);
   table("signatures", "Thought signatures", ["", ""], [["kept", count(d.signatures.entries)],

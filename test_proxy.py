@@ -2973,7 +2973,7 @@ def pass_through(upstream):
     server.serve_forever()
 
 
-def started_proxy(port):
+def started_proxy(port, *program):
     """-> (process, port, milliseconds from start to the first answer)"""
     environment = {"PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": "http://127.0.0.1:%d/v1beta" % port, "PORT": "0",
                    "no_proxy": "*", "LOG_LEVEL": "error"}
@@ -2981,7 +2981,9 @@ def started_proxy(port):
         free.bind(("127.0.0.1", 0))
         own = free.getsockname()[1]
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, proxy.__file__, "--port", str(own)], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir())
+    if program[0] == "-m":
+        environment.update(PYTHONPATH=os.path.dirname(os.path.abspath(proxy.__file__)), PYTHONPYCACHEPREFIX=compiled().name)
+    process = subprocess.Popen([sys.executable, *program, "--port", str(own)], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tempfile.gettempdir())
     while True:
         try:
             burst(own, wire("/v1/messages", request(), own), 1)
@@ -3002,9 +3004,13 @@ def bench():
     print("%s, Python %s, %d CPUs, claude_gemini_proxy %s" % (platform.platform(), platform.python_version(), os.cpu_count(), proxy.__version__))
     canned, upstream = helper_process("CannedGemini().run()")
     bare, bare_port = helper_process("pass_through(%d)" % upstream)
-    process, port, first = started_proxy(upstream)
+    for name, program in (("the first time, to compile it", ("-m", "claude_gemini_proxy")), ("as a module", ("-m", "claude_gemini_proxy")), ("as a script", (proxy.__file__,))):
+        process, port, first = started_proxy(upstream, *program)
+        time.sleep(0.2)
+        print("%s: start to first answer %.0f ms, idle %.1f MiB" % (name, first, resident(process.pid)))
+        if name != "as a script":
+            process.terminate(), process.wait()
     try:
-        print("start to first answer %.0f ms, idle %.1f MiB" % (first, resident(process.pid)))
         bench_streams(upstream, port, process.pid)
         bench_latency(upstream, bare_port, port)
     finally:
