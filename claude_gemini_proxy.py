@@ -680,6 +680,11 @@ class Config:
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
                              "or leave HOST at 127.0.0.1" % self.host)
+        for name in self.fallback_models + (self.long_context_model, self.big_model):
+            try:
+                full_name(name or "gemini", self)
+            except ProxyError as error:  # no request could be answered
+                raise ValueError(error.message) from None
 
     @property
     def keys(self) -> Tuple[str, ...]:
@@ -837,6 +842,9 @@ _OWN_NAME = re.compile(
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 _VENDOR_NAME = re.compile(r"(?:claude-)?((~?[A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w./@:-]*))$")
 # https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
+NEEDED_KEYS = MappingProxyType({
+    "openrouter": "OPENROUTER_API_KEY", "openai": "OPENAI_API_BASE or OPENAI_API_KEY",
+    "anthropic": "ANTHROPIC_API_KEY or OPENROUTER_API_KEY"})
 OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"
 
 
@@ -854,8 +862,10 @@ def asked_for(requested: str, config: Config) -> str:
     """The target that a name itself, ANTHROPIC_MODEL or MODEL_MAP names; "" for all others."""
     name = _MILLION_MARK.sub("", requested.strip())
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
-    is_own = _OWN_NAME.match(name) or (_VENDOR_NAME.match(name)
-                                       and config.upstreams != ("gemini",))
+    vendor, there = _VENDOR_NAME.match(name), config.upstreams
+    is_own = _OWN_NAME.match(name) or (vendor and (
+        vendor.group(2) in there or "openrouter" in there
+        or (there[0] == "openai" and vendor.group(2) not in NEEDED_KEYS)))
     return config.anthropic_model or next(mapped, name if is_own else "")
 
 
@@ -887,14 +897,14 @@ def full_name(target: str, config: Config) -> str:
     there = config.upstreams
     if vendor in ("openrouter", "openai") and vendor in there:
         return whole
-    if vendor == "openrouter":
-        raise ProxyError(404, "model: %s needs OPENROUTER_API_KEY" % name[:200])
     if vendor not in ("", "models", "gemini", "tunedModels") and "openrouter" in there:
         return "openrouter/" + whole
     if vendor == "anthropic" and vendor in there:
         return whole
     if own and "gemini" in there:
         name = own.group(1)
+    elif vendor in NEEDED_KEYS:
+        raise ProxyError(404, "model: %s needs %s" % (name[:200], NEEDED_KEYS[vendor]))
     elif there[0] != "gemini":
         return "%s/%s" % (there[0], rest if vendor == there[0] else whole)
     if not _MODEL_NAME.fullmatch(name) or len(name) > 200:
@@ -5839,8 +5849,9 @@ def command_config(command: str, flags: Dict[str, Any]) -> Config:
         flags = dict(flags, host="127.0.0.1", port="0")
     config = load_config(flags, os.environ, dotenv)
     if flags["demo"]:
-        config = dataclasses.replace(config, upstream="gemini", openrouter_api_key="",
-                                     openai_api_key="", openai_api_base="", anthropic_api_key="")
+        config = dataclasses.replace(
+            config, upstream="gemini", openrouter_api_key="", openai_api_key="", openai_api_base="",
+            anthropic_api_key="", big_model="", fallback_models=(), long_context_model="")
     bare = dataclasses.replace(config, upstream="", client_keys=False)
     has_key = bare.upstreams != ("gemini",) or config.keys or config.gemini_token_command
     needs_key = command != "env" and not (config.client_keys and command == "serve")

@@ -2154,13 +2154,17 @@ class OtherUpstreams(unittest.TestCase):
                 ("r", "claude-opus-5[1m]", "openrouter/~anthropic/claude-sonnet-latest"), ("r", "claude-haiku-4-5", "openrouter/anthropic/claude-haiku-4.5"), ("r", "openai/gpt-5", "openrouter/openai/gpt-5"),
                 ("gro", "openai/gpt-5", "openai/gpt-5"), ("gro", "x/y", "openrouter/x/y"), ("l", "claude-opus-5", "openai/default"), ("l", "openai/llama", "openai/llama"), ("l", "meta/llama", "openai/meta/llama"),
                 ("ga", "anthropic/claude-x", "anthropic/claude-x"), ("gra", "anthropic/claude-x", "openrouter/anthropic/claude-x"), ("a", "claude-opus-5", "anthropic/claude-opus-5"),
-                ("g", "anthropic/claude-x", "gemini-3.8-flash"), ("g", "openrouter/x/y", "gemini-3.8-flash")):
+                ("g", "anthropic/claude-x", "gemini-3.8-flash"), ("g", "openrouter/x/y", "gemini-3.8-flash"), ("gl", "anthropic/claude-x", "gemini-3.8-flash"),
+                ("l", "anthropic/claude-x", "openai/default"), ("gl", "meta/llama", "gemini-3.8-flash"), ("o", "gpt-9", "openai/gpt-9")):
             config = proxy.Config(**dict(pair for letter in have for pair in keys[letter].items()))
             self.assertEqual(proxy.resolve_model(name, config), expected, (have, name))
         config = proxy.Config(gemini_api_key="k", openrouter_api_key="k", upstream="openai", big_model="x/y", small_model="gemini-2.5-flash")
         self.assertEqual([proxy.resolve_model(n, config) for n in ("claude-opus-5", "haiku", "whatever")], ["openrouter/x/y", "gemini-2.5-flash", "openrouter/x/y"])
         with self.assertRaisesRegex(proxy.ProxyError, "OPENROUTER_API_KEY"):
             proxy.resolve_model("x", proxy.Config(gemini_api_key="k", anthropic_model="openrouter/x/y"))
+        for setting in ({"fallback_models": "gemini-2.5-pro,openai/x"}, {"long_context_model": "anthropic/x"}, {"big_model": "openrouter/x/y"}):
+            with self.assertRaisesRegex(ValueError, "model: .* needs .*_API_KEY"):
+                proxy.Config(gemini_api_key="k", **setting)
         self.assertEqual([proxy.Config(**k).base(u) for k, u in (({"openrouter_api_key": "k"}, "openrouter"), ({"openai_api_key": "k"}, "openai"), ({"openrouter_api_key": "k", "openai_api_base": "http://x"}, "openrouter"),
                                                                 ({"openrouter_api_key": "k", "openai_api_base": "http://x", "openai_api_key": "k"}, "openrouter"))],
                          [proxy.OPENROUTER_BASE, proxy.OPENAI_BASE, "http://x", proxy.OPENROUTER_BASE])
