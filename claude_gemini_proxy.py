@@ -68,8 +68,8 @@ from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
-from typing import (Any, Callable, Deque, Dict, FrozenSet, Iterable, Iterator, List, Mapping,
-                    NamedTuple, Optional, Sequence, Tuple)
+from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
+                    Optional, Sequence, Tuple)
 
 __version__ = "1.0.0"
 __all__ = ["Config", "ProxyError", "events_from_gemini", "load_config", "make_server",
@@ -287,7 +287,8 @@ _OVERFLOW = re.compile(
     r"input token count\D*?(?:\((?P<tokens1>\d{1,15})\) )?exceeds the maximum number of tokens "
     r"allowed\D*(?P<limit1>\d{1,15})"
     r"|(?:maximum context length|configured limit)\D{1,20}?(?P<limit2>\d{1,15}) tokens"
-    r"(?:\D{1,80}?(?P<tokens2>\d{1,15}))?"
+    r"(?:\D{1,80}?(?P<tokens2>\d{1,15})"
+    r"(?: tokens \((?P<tokens7>\d{1,15}) (?:in the messages|of text input))?)?"
     r"|request \((?P<tokens3>\d{1,15}) tokens\) exceeds the available context size "
     r"\((?P<limit3>\d{1,15})"
     r"|maximum prompt length is (?P<limit4>\d{1,15}) but \D{1,40}(?P<tokens4>\d{1,15})"
@@ -375,7 +376,8 @@ def _refusal(status: int, message: str, details: str, overflow: Any, house: str)
 
 def overflow_numbers(overflow: Any) -> Tuple[int, int]:
     """-> (limit, tokens, or one more than the limit if they are not told)"""
-    found = {name[:-1]: int(value) for name, value in overflow.groupdict().items() if value}
+    found = {name[:-1]: int(value) for name, value in sorted(overflow.groupdict().items())
+             if value}  # of two, the second is that of the prompt alone
     return found["limit"], found.get("tokens", found["limit"] + 1)
 
 
@@ -444,7 +446,7 @@ def _secret(value: str) -> str:
 
 def _base_url(value: str) -> str:
     if not re.match(r"https?://[^/?#@\s]+(/[^?#@\s]*)?$", value):
-        raise ValueError("must look like https://host/v1beta")
+        raise ValueError("must look like https://host/v1beta, with http or https and a version")
     return value.rstrip("/")
 
 
@@ -675,8 +677,13 @@ class Config:
     def __post_init__(self) -> None:
         for row in dataclasses.fields(self):  # a vendored copy may set what a shell would
             value = getattr(self, row.name)
-            if isinstance(value, str) and not isinstance(row.default, str):
-                object.__setattr__(self, row.name, row.metadata["parse"](value))
+            if isinstance(value, str) and value:
+                try:
+                    object.__setattr__(self, row.name, row.metadata["parse"](value))
+                except ValueError as exc:
+                    raise ValueError("%s %s" % (row.name.upper(), exc)) from None
+        if self.upstream in NEEDED_KEYS and self.upstreams[0] not in self.configured:
+            raise ValueError("UPSTREAM=%s needs %s" % (self.upstream, NEEDED_KEYS[self.upstream]))
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
                              "or leave HOST at 127.0.0.1" % self.host)
@@ -691,19 +698,23 @@ class Config:
         return _names(self.gemini_api_key)
 
     @functools.cached_property
-    def upstreams(self) -> Tuple[str, ...]:
-        """Those that are configured, the first one for names that say nothing else."""
-        found = [name for name, has in (
+    def configured(self) -> Tuple[str, ...]:
+        """The upstreams that there is a key or an address for."""
+        return tuple(name for name, has in (
             ("gemini", self.keys or self.gemini_token_command or self.client_keys),
             ("openrouter", self.openrouter_api_key),
             ("openai", self.openai_api_key or (self.openai_api_base
                                                and not self.openrouter_api_key)),
-            ("anthropic", self.anthropic_api_key)) if has]
-        wanted = self.upstream
-        if wanted == "openai" and "openai" not in found and "openrouter" in found:
+            ("anthropic", self.anthropic_api_key)) if has)
+
+    @functools.cached_property
+    def upstreams(self) -> Tuple[str, ...]:
+        """Those that are configured, the first one for names that say nothing else."""
+        found, wanted = self.configured, self.upstream
+        if wanted == "openai" and wanted not in found and "openrouter" in found:
             wanted = "openrouter"
-        first = [wanted] if wanted else found[:1] or ["gemini"]
-        return tuple(first + [name for name in found if name not in first])
+        first = (wanted,) if wanted else found[:1] or ("gemini",)
+        return first + tuple(name for name in found if name not in first)
 
     def base(self, upstream: str) -> str:
         """The URL of an upstream, with its version."""
@@ -803,14 +814,14 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
     """
     values = {}
     names = {row.name: environment_names(row) for row in dataclasses.fields(Config)}
-    for base, *keys in (
-            ("gemini_api_base", "gemini_api_key", "gemini_token_command", "client_keys"),
-            ("openai_api_base", "openai_api_key", "openrouter_api_key")):
-        if any(dotenv.get(name) for name, _ in names[base]) and any(
-                environ.get(name) and (read is not _gemini_key_only or read(environ[name]))
-                for key in keys for name, read in names[key]):
-            raise ValueError("%s is in .env, but the key is not: put both in one place"
-                             % base.upper())
+    keys = ("gemini_api_key", "gemini_token_command", "client_keys", "openai_api_key",
+            "openrouter_api_key")
+    elsewhere = [name for key in keys for name, read in names[key] if environ.get(name)
+                 and (read is not _gemini_key_only or read(environ[name]))]
+    for base in ("gemini_api_base", "openai_api_base"):
+        if elsewhere and any(dotenv.get(name) for name, _ in names[base]):
+            raise ValueError("%s is in .env, but %s is not: put both in one place"
+                             % (base.upper(), elsewhere[0]))
     for row in dataclasses.fields(Config):
         sources = [("--" + row.name.replace("_", "-"), flags.get(row.name), _text)]
         name = row.name.upper()
@@ -892,6 +903,8 @@ def tier_model(name: str, config: Config) -> str:
 def full_name(target: str, config: Config) -> str:
     """A target as upstream/model, Gemini's without its upstream: models/gemini-x -> gemini-x."""
     name = _MILLION_MARK.sub("", target)
+    if len(name) > 200:
+        raise ProxyError(404, "model: %s..." % target[:200])
     vendor_name, own = _VENDOR_NAME.match(name), _OWN_NAME.match(name)
     whole, vendor, rest = vendor_name.groups() if vendor_name else (name, "", name)
     there = config.upstreams
@@ -907,7 +920,7 @@ def full_name(target: str, config: Config) -> str:
         raise ProxyError(404, "model: %s needs %s" % (name[:200], NEEDED_KEYS[vendor]))
     elif there[0] != "gemini":
         return "%s/%s" % (there[0], rest if vendor == there[0] else whole)
-    if not _MODEL_NAME.fullmatch(name) or len(name) > 200:
+    if not _MODEL_NAME.fullmatch(name):
         raise ProxyError(404, "model: %s" % target[:200])
     return name
 
@@ -2216,7 +2229,7 @@ def openai_assistant(parts: Sequence[Json], dialect: str, used: set) -> Json:
         kept = kept_fields(signature, dialect) if call or signature not in used else {}
         used.add(signature)
         if call:
-            calls.append({"id": call["id"], "type": "function", "function": {
+            calls.append({"id": openai_id(call["id"], dialect), "type": "function", "function": {
                 "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
             calls[-1].update((k, kept.pop(k)) for k in ("extra_content",) if k in kept)
         message.update(kept)
@@ -2227,6 +2240,12 @@ def openai_assistant(parts: Sequence[Json], dialect: str, used: set) -> Json:
     return message
 
 
+def openai_id(call_id_: str, dialect: str) -> str:
+    """A call's id; OpenAI takes 40 characters, and only its own are never longer."""
+    fits = dialect != "openai" or len(call_id_) <= 40
+    return call_id_ if fits else "call_" + short_hash(call_id_)
+
+
 def openai_user(parts: Sequence[Json], dialect: str) -> List[Json]:
     """Parts of a user turn -> its tool messages, then one user message with all the rest."""
     messages: List[Json] = []
@@ -2235,7 +2254,7 @@ def openai_user(parts: Sequence[Json], dialect: str) -> List[Json]:
         response = part.get("functionResponse")
         if response:
             (kind, text), = response["response"].items()
-            messages.append({"role": "tool", "tool_call_id": response["id"],
+            messages.append({"role": "tool", "tool_call_id": openai_id(response["id"], dialect),
                              "content": "Error: " + text if kind == "error" else text})
         else:
             rest.append(openai_part(part, dialect))
@@ -2346,7 +2365,7 @@ class ChunksFromOpenAI:
         self._calls: List[Json] = []
         self._by_index: Dict[Any, Json] = {}
         self._kept: Json = {}
-        self._refuses = self._streams = False
+        self._refuses = self._streams = self._finished = False
 
     def feed(self, chunk: Json) -> Json:
         with _known_form():
@@ -2368,7 +2387,8 @@ class ChunksFromOpenAI:
             delta = choice.get("message") or {}
         self._refuses = self._refuses or bool(delta.get("refusal"))
         candidate: Json = {"content": {"parts": self._parts(delta)}}
-        if choice.get("finish_reason"):
+        if choice.get("finish_reason") and not self._finished:
+            self._finished = True
             candidate["content"]["parts"] += self._finish(choice["finish_reason"], candidate)
         sources = openai_sources(delta.get("annotations") or ())
         candidate.update({"groundingMetadata": sources} if sources else {})
@@ -2416,7 +2436,7 @@ class ChunksFromOpenAI:
         if call and name:
             other = id_ and call["id"] and id_ != call["id"]
             whole = not id_ and arguments and openai_arguments("".join(call["arguments"]))
-            call = None if other or whole else call
+            call = None if other or whole or call["name"] not in ("", name) else call
         if call is None:
             call = {"id": id_, "name": "", "arguments": [], "extra": None}
             self._calls.append(call)
@@ -2465,8 +2485,8 @@ def openai_arguments(text: str) -> Optional[Json]:
     try:
         args = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
         args = json.loads(args) if isinstance(args, str) else args
-    except (ValueError, RecursionError):
-        return None
+    except (ValueError, RecursionError):  # some begin with an empty object
+        return openai_arguments(text[2:]) if text.startswith("{}") else None
     return args if isinstance(args, dict) else {} if args is None else None
 
 
@@ -2501,21 +2521,22 @@ def openai_sources(annotations: Sequence[Json]) -> Json:
 def openai_usage(usage: Json) -> Json:
     """usage -> usageMetadata, with OpenRouter's cost. Reasoning is a part of the completion, unless
     the numbers tell that it is not."""
+    def number(holder: str, name: str) -> Any:
+        value = (usage if not holder else usage.get(holder) or {}).get(name)
+        return value if type(value) in (int, float) else 0
     if not usage:
         return {}
-    details = usage.get("completion_tokens_details") or {}
-    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-    thoughts = details.get("reasoning_tokens") or 0
-    if thoughts <= completion and usage.get("total_tokens") != prompt + completion + thoughts:
+    prompt, completion = number("", "prompt_tokens"), number("", "completion_tokens")
+    thoughts = number("completion_tokens_details", "reasoning_tokens")
+    if thoughts <= completion and number("", "total_tokens") != prompt + completion + thoughts:
         completion -= thoughts
-    cached = ((usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-              or usage.get("prompt_cache_hit_tokens") or 0)
-    counts = {"promptTokenCount": prompt, "cachedContentTokenCount": cached,
-              "candidatesTokenCount": completion, "thoughtsTokenCount": thoughts}
-    cost = usage.get("cost")
-    if cost is not None and usage.get("is_byok"):  # then it is OpenRouter's fee alone
-        cost += (usage.get("cost_details") or {}).get("upstream_inference_cost") or 0
-    return dict(counts, **{"cost": cost} if cost is not None else {})
+    counts = {"promptTokenCount": prompt, "candidatesTokenCount": completion,
+              "cachedContentTokenCount": number("prompt_tokens_details", "cached_tokens")
+              or number("", "prompt_cache_hit_tokens"), "thoughtsTokenCount": thoughts}
+    if "cost" in usage:  # with a key of the user's own it is OpenRouter's fee alone
+        own = number("cost_details", "upstream_inference_cost") if usage.get("is_byok") else 0
+        counts["cost"] = number("", "cost") + own
+    return counts
 
 
 # ---- 8. Gemini answer -> Anthropic events (pure) --------------------------------------------
@@ -3006,6 +3027,7 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
         yield batch
 
 
+STREAM_DONE: Json = {"object": "[DONE]"}
 HEAD_LIMIT = 1 << 16
 ONLY_ONCE = frozenset({"host", "content-length", "transfer-encoding"})
 _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
@@ -3049,9 +3071,9 @@ def parse_fields(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
 
 
 def _objects(raw: bytes) -> List[Json]:
-    """A JSON object, or the objects of a JSON list; an OpenAI-style [DONE] ends nothing here."""
+    """A JSON object, or the objects of a JSON list; an OpenAI-style [DONE] is one, too."""
     if raw.strip() in (b"", b"[DONE]"):
-        return []
+        return [STREAM_DONE] if raw.strip() else []
     value = json.loads(raw.decode("utf-8"))
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, dict) for item in items):
@@ -3430,13 +3452,19 @@ class Reply:
                  give_back: Callable[[Any], None]) -> None:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
         self._file = connection.sock.makefile("rb", 65536)
-        self.hurried = False
-        for _ in range(20):  # 1xx only announces another
-            self.status, keeps, lines = self._head()
-            if self.status >= 200:
-                break
+        self.hurried, self._may_hurry = 0.0, True
+        try:
+            for _ in range(20):  # 1xx only announces another
+                self.status, keeps, lines = self._head()
+                if self.status >= 200:
+                    break
+            else:
+                raise http.client.BadStatusLine("no end of 1xx")
+        except BaseException:
+            self._file.close()
+            raise
         self.fields = fields = parse_fields(lines, strict=False)
-        self.content_type = fields.get("content-type", "")
+        self.content_type = fields.get("content-type", "").lower()
         codings = fields.get("transfer-encoding", "").lower()
         self._chunked = {coding.strip() for coding in codings.split(",")} == {"chunked"}
         length = fields.get("content-length", "").partition(",")[0]
@@ -3470,6 +3498,13 @@ class Reply:
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if it ends too early."""
+        for piece in self._pieces():
+            if self.hurried and time.monotonic() > self.hurried:
+                raise socket.timeout("more came than an end")
+            yield piece
+        self._finish()
+
+    def _pieces(self) -> Iterator[bytes]:
         if self._chunked:
             yield from unchunked(self._file)
         else:
@@ -3481,7 +3516,6 @@ class Reply:
                 yield piece
             if self._left > 0:
                 raise http.client.IncompleteRead(b"", self._left)
-        self._finish()
 
     def read(self, limit: int = 1 << 30) -> bytes:
         body, size = [], 0
@@ -3502,9 +3536,15 @@ class Reply:
             connection.close()
 
     def hurry(self, seconds: float) -> None:
-        """The answer is there: wait no longer than this for more."""
-        if self._connection and not self.hurried:
-            self.hurried = True
+        """The answer is there: wait no longer than this for what else may come."""
+        if self._connection and not self.hurried and self._may_hurry:
+            self.hurried = time.monotonic() + seconds
+            self._connection.sock.settimeout(seconds)
+
+    def relax(self, seconds: float) -> None:
+        """It was not there, whatever was said: wait as before, to the end."""
+        self.hurried, self._may_hurry = 0.0, False
+        if self._connection:
             self._connection.sock.settimeout(seconds)
 
     def close(self) -> None:
@@ -3680,6 +3720,7 @@ class Upstream:
     """
 
     HOUSE, SETTING = "Gemini", "GEMINI_API_KEY"
+    NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
     REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
     BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
     BROKEN_SECONDS = 60.0    # for this long
@@ -3705,7 +3746,7 @@ class Upstream:
         first ones is repaired or tried again here; after them, a failure is raised as
         ProxyError."""
         body = self.first_body(exchange)
-        repaired: set = set()
+        repaired: Dict[str, str] = {}
         while True:
             last_try = 0 < self._config.max_retries <= exchange.failures
             stream = exchange.stream and not last_try and time.monotonic() >= self._no_stream_until
@@ -3731,15 +3772,16 @@ class Upstream:
         yield first
         yield from attempt
 
-    def accepted(self, exchange: Exchange, body: Json, repaired: set) -> None:
+    def accepted(self, exchange: Exchange, body: Json, repaired: Dict[str, str]) -> None:
         """Learn from repairs that have helped."""
 
     def first_body(self, exchange: Exchange) -> Json:
         """The body to begin with."""
         return exchange.translation.body
 
-    def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
-        """The body changed as a 400 asks for, or None; `repaired` keeps what was tried."""
+    def repair(self, error: ProxyError, body: Json, repaired: Dict[str, str]) -> Optional[Json]:
+        """The body changed as a 400 asks for, or None; `repaired` keeps what was tried, by name,
+        with the message that asked for it."""
         raise NotImplementedError
 
     def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
@@ -3764,7 +3806,7 @@ class Upstream:
         return (self.keys.rest(exchange.key_number, exchange.model, seconds)
                 and exchange.key_changes < len(self.key_list))
 
-    def next_token(self, repaired: set) -> bool:
+    def next_token(self, repaired: Dict[str, str]) -> bool:
         """Whether the bearer token was refused for the first time; the next try makes a new one."""
         return False
 
@@ -3798,10 +3840,12 @@ class Upstream:
                 self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
             else:
                 self._check(reply, exchange)
-                finished = reply.is_framed
-                for batch in self._until_idle(reply):
-                    batch = read(self._checked(batch, exchange))
-                    if has_finish(batch):
+                finished = reply.is_framed and not self.NAMES_ITS_END
+                for objects in self._until_over(reply):
+                    batch = read(self._checked(objects, exchange))
+                    if reply.hurried and has_parts(batch):  # it was not its end
+                        reply.relax(self._config.request_timeout)
+                    elif has_finish(batch) or STREAM_DONE in objects:
                         finished = True
                         reply.hurry(self.LAST_SECONDS)
                     yield batch
@@ -3815,11 +3859,11 @@ class Upstream:
         finally:
             reply.close()
 
-    def _until_idle(self, reply: Reply) -> Iterator[List[Json]]:
-        """Batches of a stream; one that has finished and stays open ends, too."""
+    def _until_over(self, reply: Reply) -> Iterator[List[Json]]:
+        """Batches of a stream; one that has finished may stay open, or break."""
         try:
             yield from batches_from_sse(reply.pieces())
-        except socket.timeout:
+        except (OSError, http.client.HTTPException):
             if not reply.hurried:
                 raise
 
@@ -3915,6 +3959,10 @@ class Upstream:
                 return parse_upstream(reply.read(10 << 20))
         except (OSError, http.client.HTTPException, ValueError) as exc:
             raise broken(exc, exchange, self.HOUSE) from exc
+        except ProxyError as error:
+            if error.status == 504:
+                error.message = "%s did not answer within %g s" % (self.HOUSE, self.COUNT_SECONDS)
+            raise
 
     def send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float = 0,
              headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
@@ -3940,8 +3988,14 @@ class Upstream:
 
 
 def has_finish(batch: Sequence[Json]) -> bool:
-    return any("finishReason" in candidate for chunk in batch
+    return any(finish_name(candidate.get("finishReason")) for chunk in batch
                for candidate in _dicts(chunk.get("candidates")))
+
+
+def has_parts(batch: Sequence[Json]) -> bool:
+    return any(candidate["content"].get("parts") for chunk in batch
+               for candidate in _dicts(chunk.get("candidates"))
+               if isinstance(candidate.get("content"), dict))
 
 
 class Gemini(Upstream):
@@ -3957,10 +4011,10 @@ class Gemini(Upstream):
         body = exchange.translation.body
         return with_strict_tools(body) if self._strict_tools else body
 
-    def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
+    def repair(self, error: ProxyError, body: Json, repaired: Dict[str, str]) -> Optional[Json]:
         for pattern, name, change in GEMINI_REPAIRS:
             if name not in repaired and pattern.search(error.message):
-                repaired.add(name)
+                repaired[name] = error.message
                 changed = change(body)
                 if changed != body:
                     LOG.warning("Gemini refused the %s: sent again without", name)
@@ -4012,7 +4066,7 @@ class Gemini(Upstream):
             page = self.get_json("models?pageSize=1000" + token, client_key)
             page = page if isinstance(page, dict) else {}
             for model in _dicts(page.get("models")):
-                if "generateContent" in (model.get("supportedGenerationMethods") or ()):
+                if "generateContent" in _list(model, "supportedGenerationMethods"):
                     found[str(model.get("name")).rpartition("/")[2]] = model
             if not page.get("nextPageToken"):
                 break
@@ -4030,9 +4084,9 @@ class Gemini(Upstream):
         """The client's own key (CLIENT_KEYS), or the next of ours."""
         return exchange.client_key or super().next_key(exchange)
 
-    def next_token(self, repaired: set) -> bool:
+    def next_token(self, repaired: Dict[str, str]) -> bool:
         first = "token" not in repaired
-        repaired.add("token")
+        repaired["token"] = ""
         return first and bool(self._config.gemini_token_command) and not self._token
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
@@ -4062,14 +4116,15 @@ class Gemini(Upstream):
 class OpenAI(Upstream):
     """OpenRouter, or another server that speaks OpenAI's chat completions."""
 
+    NAMES_ITS_END = True
+
     def __init__(self, name: str, config: Config, opener: Any) -> None:
         keys = config.openrouter_api_key if name == "openrouter" else config.openai_api_key
         super().__init__(config, opener, config.base(name), _names(keys))
         self.HOUSE = "OpenRouter" if name == "openrouter" else "The server"
         self.SETTING = "OPENROUTER_API_KEY" if name == "openrouter" else "OPENAI_API_KEY"
         self._dialect = openai_dialect(name, config)
-        # {model: {(field, its value as JSON)}}, also under _lock
-        self._refused: Dict[str, FrozenSet[Tuple[str, str]]] = {}
+        self._refused = Bounded(1000)  # (model, field, its value as JSON) and the like
 
     def first_body(self, exchange: Exchange) -> Json:
         """Without what the model has refused before. A model that the upstream does not list is
@@ -4088,28 +4143,43 @@ class OpenAI(Upstream):
         body = dict(body, model=model)
         if exchange.stream:
             body["stream_options"] = {"include_usage": True}
-        for name, value in self._refused.get(model, ()):
-            if json.dumps(exchange.translation.body.get(name)) == value:
-                body = without_field(body, name)
-        return body
+        return self._without_refused(body)
 
-    def repair(self, error: ProxyError, body: Json, repaired: set) -> Optional[Json]:
+    def repair(self, error: ProxyError, body: Json, repaired: Dict[str, str]) -> Optional[Json]:
+        for name, message in repaired.items():
+            if message == error.message:  # it has not helped
+                repaired[name] = ""
         for name, changed in openai_repairs(body, error.message):
             if name not in repaired and changed != body:
-                repaired.add(name)
+                repaired[name] = error.message
                 LOG.warning("%s refused %s: sent again without", self.HOUSE, name)
                 return changed
         return None
 
-    def accepted(self, exchange: Exchange, body: Json, repaired: set) -> None:
-        """Fields that were refused are not sent again with these values, now that the rest was
-        taken. Media are: the next ones may be better."""
-        was = exchange.translation.body
-        lasting = {(name, json.dumps(was.get(name))) for name in repaired - {"media"}}
-        if lasting:
+    def accepted(self, exchange: Exchange, body: Json, repaired: Dict[str, str]) -> None:
+        """What was refused is not sent again with this value, now that the rest was taken. Media
+        are: the next ones may be better."""
+        was, model = exchange.translation.body, body["model"]
+        for name, message in repaired.items():
+            most = _AT_MOST.search(message)
             with self._lock:
-                known = self._refused.get(body["model"], frozenset())
-                self._refused[body["model"]] = frozenset(sorted(known | lasting)[:50])
+                if name in LUXURIES and message:
+                    self._refused.put((model, name, json.dumps(was.get(name))), True)
+                elif name in LIMITS and message:
+                    self._refused.put((model, name), True)
+                elif name.startswith("a larger ") and most:
+                    self._refused.put((model, "most"), int(most.group(1)))
+
+    def _without_refused(self, body: Json) -> Json:
+        """A body without what its model has refused before."""
+        model = body["model"]
+        for name in LIMITS + LUXURIES:
+            if name in body and (self._refused.get((model, name)) or self._refused.get(
+                    (model, name, json.dumps(body[name])))):
+                body = without_field(body, name)
+        most = self._refused.get((model, "most"))
+        return dict(body, **{name: min(body[name], most) for name in LIMITS
+                             if most and name in body})
 
     def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
         if stream:
@@ -4141,18 +4211,21 @@ class OpenAI(Upstream):
         return found
 
 
+LIMITS = ("max_tokens", "max_completion_tokens")
 # What a 400 may complain of that an answer can do without.
 LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
             "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
-_REFUSES = re.compile(r"(?i)unsupported|not support|support(?:s|ed)? only|unrecognized|unknown"
-                      r"|unexpected|not (?:allowed|permitted)|extra (?:inputs|fields)|mandatory")
-_AT_MOST = re.compile(r"(?:at most|less than or equal to|maximum (?:value )?is|<=) (\d{1,9})")
+_REFUSES = re.compile(r"(?i)unsupported|not support|unrecognized|unknown|unexpected|mandatory|only"
+                      r"|not (?:allowed|permitted)|extra (?:inputs|fields)|may not|cannot"
+                      r"|incompatible|unavailable|deprecated|invalid for")
+_AT_MOST = re.compile(r"(?i)(?:at most|less than or equal to|maximum (?:value )?is|<=|range of "
+                      r"max_\w+ (?:is|should be) \[\d+,|\d >) ?[`'\"]?(\d{1,9})")
 _NO_USER_AFTER_TOOL = re.compile(r"(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool")
 
 
 def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
     """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
-    limit = next((name for name in ("max_tokens", "max_completion_tokens") if name in body), "")
+    limit = next((name for name in LIMITS if name in body), "")
     room, most = _OVERFLOW.search(message), _AT_MOST.search(message)
     if limit in message and limit and _REFUSES.search(message) and not most:
         yield limit, without_field(body, limit)
@@ -4274,16 +4347,23 @@ class Upstreams:
                              % (model, name))
         return self.members[name]
 
+    def default_model(self) -> str:
+        """The first model that the OpenAI-compatible server lists."""
+        listed = self.of("openai/default").models() or {"default": {}}
+        return "openai/" + next(iter(listed))
+
     def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
         """The answer's chunks; of the next model where one has no quota, no room, or is unknown."""
+        cause = None
         while True:
             try:
                 batches = self.of(exchange.model).batches(exchange)
                 first = next(batches, [])
                 break
             except ProxyError as error:
+                cause = cause or error
                 if error.status not in (402, 404, 429, 529) or not exchange.next_model():
-                    raise
+                    raise cause if error.status in (401, 403, 404) else error
                 exchange.retries += 1
                 LOG.warning("falling back to %s", exchange.model)
         yield first
@@ -4642,10 +4722,13 @@ def without_own_thoughts(request: Json) -> Json:
     def is_own(block: Any) -> bool:
         return isinstance(block, dict) and str(block.get("signature")).startswith(
             (CALL_MARK, THOUGHT_MARK))
-    return request if not isinstance(request.get("messages"), list) else dict(request, messages=[
-        dict(message, content=[block for block in message["content"] if not is_own(block)])
-        if isinstance(message, dict) and isinstance(message.get("content"), list) else message
-        for message in request["messages"]])
+    if not isinstance(request.get("messages"), list):
+        return request
+    messages = [dict(message, content=[b for b in message["content"] if not is_own(b)])
+                if isinstance(message, dict) and isinstance(message.get("content"), list)
+                else message for message in request["messages"]]
+    return dict(request, messages=[message for message in messages if not isinstance(message, dict)
+                                   or message.get("content") != []])
 
 
 def translated(request: Json, config: Config,
@@ -4678,6 +4761,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             self.reader.allow(self.idle_seconds)
+            while self.rfile.peek(1)[:1] in (b"\r", b"\n"):  # RFC 9112, 2.2: some send too many
+                self.rfile.read(1)
             if not self.rfile.peek(1):
                 self.close_connection = True
                 return
@@ -4691,8 +4776,6 @@ class ProxyHandler(BaseHTTPRequestHandler):
     def parse_request(self) -> bool:
         """Read the head of a request, stricter than the base class and quicker."""
         self.close_connection = True
-        if self.raw_requestline in (b"\r\n", b"\n"):  # RFC 9112, 2.2: some send one too many
-            self.raw_requestline = self.rfile.readline(HEAD_LIMIT)
         self.requestline = str(self.raw_requestline, "latin-1").rstrip("\r\n")
         found = re.fullmatch(r"([A-Z]+) /*(/[!-~\x80-\xff]*) (HTTP/1\.[0-9])", self.requestline)
         self.command, self.path, self.request_version = found.groups() if found else (
@@ -4984,7 +5067,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         started = time.monotonic()
         upstream = self.server.upstream.of(name)
         exchange = Exchange(request, [name], lambda model: None, False)
-        if self.server.config.budget_usd:
+        if self.server.config.budget_usd and "count_tokens" not in self.path:
             raise ProxyError(402, "BUDGET_USD cannot be kept for %s: it passes through uncounted."
                              % name, should_retry=False)
         if split_name(name)[1] != model or b"gemini-" in body:
@@ -5028,6 +5111,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
         live = bool(request.get("stream")) and config.stream_mode == "live"
         models = [resolve_model(request["model"], config)]
         models += [full_name(name, config) for name in config.fallback_models]
+        if models[0] == "openai/default" and isinstance(server.upstream, Upstreams):
+            models[0] = server.upstream.default_model()
         exchange = Exchange(request, models, translate, live, self.client_key())
         estimate = server.tokens.estimate(size, exchange.translation)
         if (config.long_context_model and estimate >= config.long_context_tokens
@@ -5045,7 +5130,8 @@ class ProxyHandler(BaseHTTPRequestHandler):
             raise ProxyError(402, "The budget is spent: $%.2f of BUDGET_USD=%g since the proxy was "
                              "started. Raise it, or start the proxy anew."
                              % (spent, config.budget_usd), should_retry=False)
-        unknown = [model for model in exchange.models if not model.startswith("openrouter/")
+        told = "openrouter/" if config.base("openrouter") == OPENROUTER_BASE else "-"
+        unknown = [model for model in exchange.models if not model.startswith(told)
                    and not price_of(model, config, today())]  # OpenRouter tells what it takes
         if unknown:
             raise ProxyError(402, "BUDGET_USD is set, but the price of %s is not known: set PRICES."
@@ -5645,9 +5731,10 @@ def print_status_line(port: str) -> int:
         given = dict(json.load(sys.stdin))
     except (TypeError, ValueError):
         given = {}
-    url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL", "http://127.0.0.1:" + port),
+    url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL") or "http://127.0.0.1:" + port,
                               urllib.parse.quote(str(given.get("session_id")), safe=""))
-    token = os.environ.get("ANTHROPIC_AUTH_TOKEN") or os.environ.get("ANTHROPIC_API_KEY") or ""
+    token = next(filter(None, map(os.environ.get, (
+        "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "PROXY_AUTH_TOKEN"))), "")
     opener = urllib.request.OpenerDirector()  # no proxies, no redirects: they would get the token
     for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
                     urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
@@ -5689,12 +5776,16 @@ def serve(server: ProxyServer, demo: bool) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
-    LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s", __version__,
-            server.url, model, config.stream_mode)
+    others = "".join(", also " + name for name in config.upstreams[1:])
+    LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s%s", __version__,
+            server.url, model, config.stream_mode, others)
     for base in [config.base(name) for name in config.upstreams if not demo]:
         parts = urllib.parse.urlsplit(base)
         if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             LOG.warning("keys and prompts travel unencrypted to %s", base)
+    if config.openrouter_api_key and config.base("openrouter") != OPENROUTER_BASE and not demo:
+        LOG.warning("the OpenRouter key goes to %s; if that is another server, set OPENAI_API_KEY, "
+                    "to anything", config.base("openrouter"))
     for hint in hints(server) if not demo else ():
         LOG.info("hint: %s", hint)
     # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
@@ -5751,7 +5842,7 @@ def check_setup(server: ProxyServer) -> int:
     listed = server.upstream.models()
     if listed is not None:
         fallbacks = {full_name(name, server.config) for name in server.config.fallback_models}
-        for model in sorted(set(tiers.values()) | fallbacks):
+        for model in sorted((set(tiers.values()) | fallbacks) - {"openai/default"}):
             step("%s is offered to this key" % model, lambda: "" if model in listed else
                  "it is not; see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, FALLBACK_MODELS")
     for name, model in tiers.items():
@@ -5882,7 +5973,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 2
     command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     if command == "statusline":
-        return print_status_line(flags["port"] or "8318")
+        return print_status_line(flags["port"] or os.environ.get("PORT") or "8318")
     try:
         config = command_config(command, flags)
         if command == "env":

@@ -2188,6 +2188,7 @@ class OtherUpstreams(unittest.TestCase):
                 return 400, "Invalid 'messages[0]'. Content blocks are expected to be text."
             return [oa(content="ok"), oa("stop")]
         r, fake = self.run_proxy(script)
+        fake.listed = ["x/y"]
         for i in range(2):
             self.assertEqual(summary(r.ask(request({"role": "user", "content": [image()]}, model="x/y", temperature=0.5))[1]), [("text", "ok")])
             self.assertEqual(len(fake.requests), 4 + 2 * i)  # images are tried anew: the next one may be better
@@ -2199,6 +2200,9 @@ class OtherUpstreams(unittest.TestCase):
         for message, names, field, value in (
                 ("Invalid schema for function 'Read_file'", [], "", None), ("temperature must be at most 2", [], "", None), ("Unrecognized request argument supplied: stream_options", ["stream_options"], "stream_options", None),
                 ("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'", ["max_tokens"], "max_completion_tokens", 60000),
+                ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", ["a larger max_tokens"], "max_tokens", 8192), ("max_tokens: 60000 > 32000, which is the maximum", ["a larger max_tokens"], "max_tokens", 32000),
+                ("maximum context length is 32768 tokens. However, you requested 33000 tokens (1000 in the messages, 32000 in the completion)", ["a larger max_tokens"], "max_tokens", 32768 - 1000 - 16),
+                ("temperature: only 1 is allowed for this model", ["temperature"], "temperature", None),
                 ("max_tokens is too large: 60000. This model supports at most 16384 completion tokens", ["a larger max_tokens"], "max_tokens", 16384),
                 ("This model's maximum context length is 32768 tokens and your request has 17459 input tokens", ["a larger max_tokens"], "max_tokens", 32768 - 17459 - 16),
                 ("`reasoning_content` in the thinking mode must be passed back", ["a call without reasoning_content"], "messages", [{"role": "user", "content": [{"type": "image_url"}]},
@@ -2228,22 +2232,50 @@ class OtherUpstreams(unittest.TestCase):
         self.assertFalse(proxy.History(proxy.model_rule("gemini-3.8-flash"), lambda key: None).takes(kept))
         r = Running(fallback_models="anthropic/claude-x", anthropic_api_key="k", script=lambda *args: error_body(429, "Quota.", "RESOURCE_EXHAUSTED"), max_retries=0)
         self.addCleanup(r.__exit__)
-        self.assertIn("passes through as it is", r.ask(request())[1]["error"]["message"])
+        self.assertEqual(r.ask(request())[0], 429)  # what the fallback says would only mislead
+        r = Running(gemini_api_key="", anthropic_api_key="k")
+        self.addCleanup(r.__exit__)
+        self.assertIn(b"passes through as it is", r.send("GET", "/test-connection")[2])
 
-    def test_a_stream_that_stays_open_behind_its_end_is_over(self):
-        def script(body):
-            return [oa(content="ok"), oa("stop")]
-        r, fake = self.run_proxy(script)
-        r.server.upstream.members["openrouter"].LAST_SECONDS = 0.1
+    def test_where_a_stream_ends(self):
+        def frame(c):
+            return b"data: %s\n\n" % (c if isinstance(c, bytes) else json.dumps(c).encode())
+        a, stop, done = oa(content="a"), oa("stop"), b"[DONE]"
+        for name, pieces, expected in (("it stays open", [a, stop, 1.0], "a"), ("pings go on behind it", [a, stop] + [0.05, b""] * 20, "a"), ("it is cut behind its end", [a, stop, "cut"], "a"),
+                                       ("only [DONE]", [a, done], "a"), ("neither", [a], None), ("an end in each chunk", [oa("stop", content="a"), 0.3, oa("stop", content="b"), 0.3, oa(content="c")], "abc")):
+            with self.subTest(name):
+                r, fake = self.run_proxy(lambda body: [], max_retries=0)
+                r.server.upstream.members["openrouter"].LAST_SECONDS = 0.1 if expected != "abc" else 0.4
 
-        class Staying(OpenAIHandler):
-            def whole(self, status, body, content_type="application/json"):
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\n\r\n" % content_type.encode() + body)
-                time.sleep(1)
-        fake.RequestHandlerClass = Staying
-        started = time.monotonic()
-        self.assertEqual(summary(check_grammar(r.ask(request(model="x/y", stream=True))[1])), [("text", "ok")])
-        self.assertLess(time.monotonic() - started, 0.9)
+                class Scripted(OpenAIHandler):
+                    def whole(self, status, body, content_type="application/json"):
+                        if content_type != "text/event-stream":
+                            return super().whole(status, body, content_type)
+                        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n%s\r\n" % (b"Content-Length: 9999\r\n" if "cut" in pieces else b""))
+                        with contextlib.suppress(OSError):
+                            for piece in pieces:
+                                time.sleep(piece) if isinstance(piece, float) else self.wfile.write(frame(piece) if piece not in ("cut", b"") else b": ping\n\n")
+                        self.close_connection = True
+                fake.RequestHandlerClass = Scripted
+                started = time.monotonic()
+                status, events = r.ask(request(model="x/y", stream=True))
+                if expected:
+                    self.assertEqual(summary(check_grammar(events)), [("text", expected)])
+                else:
+                    self.assertEqual(events[-1]["type"], "error")
+                self.assertLess(time.monotonic() - started, 0.9)
+
+    def test_no_finish_reason_is_not_one(self):
+        r = Running(lambda *args: [chunk("a", finishReason=None), 0.3, chunk("b", finishReason="FINISH_REASON_UNSPECIFIED"), 0.3, chunk("c", finish="STOP"), 0.05, {"usageMetadata": {"promptTokenCount": 5}}])
+        self.addCleanup(r.__exit__)
+        r.server.upstream.members["gemini"].LAST_SECONDS = 0.15
+        message = check_grammar(r.ask(request(stream=True))[1])
+        self.assertEqual((summary(message), message["usage"]["input_tokens"]), ([("text", "abc")], 5))
+
+    def test_odd_usage_spoils_no_answer(self):
+        for usage in ({"prompt_tokens": "x"}, {"cost": "1", "is_byok": True}, {"cost": 0.5, "is_byok": True, "cost_details": {"upstream_inference_cost": "x"}}, {"completion_tokens_details": None, "total_tokens": []}):
+            message, _ = emitted([proxy.ChunksFromOpenAI().feed(oa("stop", usage, content="a"))])
+            self.assertEqual(summary(message), [("text", "a")])
 
     def test_errors_retries_and_fallbacks_are_the_shared_ones(self):
         for reply, status, text in (((401, "no"), 403, "OPENROUTER_API_KEY"), ((402, "Insufficient credits"), 402, "OpenRouter wants to be paid: Insufficient credits"), ((403, "Flagged."), 400, "OpenRouter refused this request: Flagged."),
