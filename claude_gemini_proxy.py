@@ -5816,8 +5816,7 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the client gets it, too
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     status = child.wait()
-    server.shutdown()
-    server.server_close()
+    server.drain(0)
     return 128 - status if status < 0 else status
 
 
@@ -5849,8 +5848,7 @@ def check_setup(server: ProxyServer) -> int:
         step("%s -> %s answers" % (name, model), lambda: check_answer(server, "claude-" + name))
     step("a signed tool call makes its round trip", lambda: check_tool(server))
     step("Claude Code is on the PATH", check_client)
-    server.shutdown()
-    server.server_close()
+    server.drain(0)
     return 1 if failed else 0
 
 

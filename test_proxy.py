@@ -1621,14 +1621,14 @@ class EndToEnd(unittest.TestCase):
                 self.assertNotIn("message_stop", [e["type"] for e in events])
 
     def test_silence_gets_pings_and_the_200_waits_for_the_first_chunk(self):
-        r = self.run_proxy(lambda *args: [0.4, chunk("a"), 0.4, chunk("b", finish="STOP")], ping_interval=0.1)
+        r = self.run_proxy(lambda *args: [0.3, chunk("a"), 0.3, chunk("b", finish="STOP")], ping_interval=0.07)
         _, events = r.ask(request(stream=True))
         kinds = [e["type"] for e in events]
         self.assertEqual(kinds[:2], ["message_start", "ping"])
         self.assertGreater(kinds[kinds.index("content_block_delta"):].count("ping"), 1)
         self.assertEqual(kinds[-1], "message_stop")
         check_grammar(events)
-        r = self.run_proxy(lambda *args: [0.3, error_body(400, "Late.")], ping_interval=5)
+        r = self.run_proxy(lambda *args: [0.2, error_body(400, "Late.")], ping_interval=5)
         self.assertEqual(r.ask(request(stream=True))[0], 400)
 
     def test_a_silent_thinking_stream_gets_empty_thoughts(self):
@@ -1643,7 +1643,7 @@ class EndToEnd(unittest.TestCase):
             self.assertEqual(bool(empty), bool(fields))
 
     def test_upstream_silence_is_an_error_while_pings_go_on(self):
-        r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.1, request_timeout=0.6)
+        r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.1, request_timeout=0.4)
         _, events = r.ask(request(stream=True))
         self.assertEqual((events[-1]["type"], events[-1]["error"]["type"]), ("error", "timeout_error"))
         self.assertIn("ping", [e["type"] for e in events])
@@ -2702,8 +2702,9 @@ class Signals(unittest.TestCase):
     """The program as a process: SIGTERM and Ctrl-C."""
 
     def start(self, fake):
-        environment = {"PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": fake.url, "PORT": "0", "no_proxy": "*"}
-        process = subprocess.Popen([sys.executable, proxy.__file__], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tempfile.gettempdir())
+        environment = {"PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": fake.url, "PORT": "0", "no_proxy": "*",
+                       "PYTHONPATH": os.path.dirname(proxy.__file__), "PYTHONPYCACHEPREFIX": compiled().name}
+        process = subprocess.Popen([sys.executable, "-m", "claude_gemini_proxy"], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tempfile.gettempdir())
         self.addCleanup(lambda: (process.kill(), process.wait(), process.stderr.close()))
         port = int(re.search(rb"127\.0\.0\.1:(\d+)", process.stderr.readline()).group(1))
         return process, port
