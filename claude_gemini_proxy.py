@@ -3506,13 +3506,15 @@ class Reply:
 
     def _pieces(self) -> Iterator[bytes]:
         if self._chunked:
-            yield from unchunked(self._file)
+            for piece, self._exchange.is_whole in unchunked(self._file):
+                yield piece
         else:
             while self._left:
                 piece = self._file.read1(65536 if self._left < 0 else min(65536, self._left))
                 if not piece:
                     break
                 self._left -= len(piece) if self._left > 0 else 0
+                self._exchange.is_whole = not self._left
                 yield piece
             if self._left > 0:
                 raise http.client.IncompleteRead(b"", self._left)
@@ -3567,16 +3569,17 @@ def http_request(method: str, selector: str, headers: Mapping[str, str],
     return head.encode("ascii") + (body or b"")
 
 
-def unchunked(file: Any) -> Iterator[bytes]:
-    """The content of a chunked body; chunks that have arrived together come in one piece, which
-    costs one write to the client instead of several. HTTPException if the body ends too early."""
+def unchunked(file: Any) -> Iterator[Tuple[bytes, bool]]:
+    """The content of a chunked body, each piece with whether the end is there, too. Chunks that
+    have arrived together come in one piece, which costs one write to the client instead of several.
+    HTTPException if the body ends too early."""
     data = bytearray()
     ended = False
     while not ended:
         data += file.read1(65536) or _cut_short(data)
         content, ended = take_chunks(data)
         if content:
-            yield content
+            yield content, ended and b"\r\n\r\n" in data
     while b"\r\n\r\n" not in data:  # what is left is the last chunk's line, and trailers
         data += file.read1(65536) or _cut_short(data)
 
@@ -3640,6 +3643,7 @@ class Exchange:
         self.retries = 0
         self.key_number = 0
         self.gone = threading.Event()   # the client has left
+        self.is_whole = False           # all of the answer has arrived
         self.failures = 0               # of all tries so far, for MAX_RETRIES
         self.key_changes = 0
         self.started = time.monotonic()
@@ -4436,7 +4440,7 @@ def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retr
         try:
             for batch in upstream.batches(exchange):
                 emitter.adopt(exchange.translation)
-                emit(emitter.feed_all, batch)
+                emit(emitter.feed_all, batch, exchange.is_whole)
         except ProxyError as error:
             if not error.transient or emitter.has_begun or exchange.failures >= max_retries:
                 raise
@@ -4465,18 +4469,22 @@ class EventStream:
         self._write, self._head, self._emitter = write, head, emitter
         self._ping_seconds, self._chunked = ping_seconds, chunked
         self.committed = False
+        self._held = b""
         self.first_event_at = 0.0
         self._closed = False
         self._last_write = self._last_event = time.monotonic()
 
-    def emit(self, step: Callable[..., List[Json]], *args: Any) -> None:
-        """Send the events of one step of the emitter, in one write."""
+    def emit(self, step: Callable[..., List[Json]], batch: Any, is_last: bool = False) -> None:
+        """Send the events of one step of the emitter, in one write; the last ones leave together
+        with the end, which follows at once."""
         with self._lock:
-            frames = [sse_frame(event) for event in step(*args)]
+            frames = [sse_frame(event) for event in step(batch)]
             if frames:
                 self._last_event = time.monotonic()
                 self.first_event_at = self.first_event_at or self._last_event
-                self._send(b"".join(frames))
+                self._held += b"".join(frames)
+            if self._held and not is_last:
+                self._send(b"")
 
     def end(self, step: Callable[..., List[Json]]) -> None:
         """Send the last events and the end of the body; no ping can follow."""
@@ -4510,6 +4518,7 @@ class EventStream:
             self._lock.release()
 
     def _send(self, frames: bytes, end: bytes = b"") -> None:
+        frames, self._held = self._held + frames, b""
         if not self.committed:
             self.committed = True
             frames = b"".join([sse_frame(event) for event in self._emitter.start()]) + frames
@@ -5156,7 +5165,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
         events: List[Json] = emitter.start()
         with self.server.heartbeat.watching(exchange, self.connection):
             deliver(self.server.upstream, exchange, emitter, self.server.config.max_retries,
-                    lambda step, *args: events.extend(step(*args)))
+                    lambda step, batch, is_last: events.extend(step(batch)))
         events += emitter.finish()
         self.respond_json(message_from_events(events))
 
