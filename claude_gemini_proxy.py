@@ -2373,7 +2373,8 @@ class ChunksFromOpenAI:
 
     def end(self) -> List[Json]:
         """What is left when the stream ends without a finish_reason."""
-        parts, malformed = self._take_calls()
+        with _known_form():
+            parts, malformed = self._take_calls()
         candidate: Json = {"content": {"parts": parts}}
         if malformed:
             candidate.update(finishReason="MALFORMED_FUNCTION_CALL", finishMessage=malformed)
@@ -2430,7 +2431,9 @@ class ChunksFromOpenAI:
         """Add a piece of a call: by its index, unless a name comes with another id, or behind whole
         arguments: that is another call."""
         function = delta.get("function") or {}
-        id_, name = delta.get("id") or "", function.get("name") or ""
+        id_, name = str(delta.get("id") or ""), function.get("name") or ""
+        if not isinstance(name, str):
+            raise TypeError("a name that is no string")
         call = self._by_index.get(delta.get("index"))
         arguments = function.get("arguments") or ""
         if call and name:
@@ -2518,13 +2521,14 @@ def openai_sources(annotations: Sequence[Json]) -> Json:
                                   for i, c in enumerate(cited)]}
 
 
-def openai_usage(usage: Json) -> Json:
+def openai_usage(usage: Any) -> Json:
     """usage -> usageMetadata, with OpenRouter's cost. Reasoning is a part of the completion, unless
     the numbers tell that it is not."""
     def number(holder: str, name: str) -> Any:
-        value = (usage if not holder else usage.get(holder) or {}).get(name)
+        place = usage.get(holder) if holder else usage
+        value = place.get(name) if isinstance(place, dict) else 0
         return value if type(value) in (int, float) else 0
-    if not usage:
+    if not usage or not isinstance(usage, dict):
         return {}
     prompt, completion = number("", "prompt_tokens"), number("", "completion_tokens")
     thoughts = number("completion_tokens_details", "reasoning_tokens")

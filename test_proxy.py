@@ -2110,6 +2110,18 @@ class OtherUpstreams(unittest.TestCase):
             except proxy.ProxyError:
                 pass
 
+    def test_any_chunks_are_read_or_refused(self):
+        rng, cases = random.Random(int(os.environ.get("SEED", 6))), int(os.environ.get("CASES", 300))
+        whole = [[dict(c, usage=USAGE) for c in chunks] for _, chunks, _, _ in CHUNK_CASES] + [[oa("stop", reasoning_details=[{"type": "reasoning.text", "text": "t", "index": 0, "id": "a"}] * 2, images=[{"image_url": {"url": "u"}}], annotations=[{"type": "url_citation", "url_citation": {"url": "u"}}])]]
+        for _ in range(cases):
+            chunks = [mutated(rng, c, 0.04) for c in rng.choice(whole)]
+            reader = proxy.ChunksFromOpenAI()
+            try:
+                read = [reader.feed(c) for c in chunks if isinstance(c, dict)] + reader.end()
+                emitted([json.loads(proxy.dump_json(c)) for c in read], tools=[TOOL], **THINK)
+            except proxy.ProxyError:
+                pass
+
     def test_answers_of_every_form_are_read(self):
         for name, chunks, expected, stop in CHUNK_CASES:
             with self.subTest(name):
@@ -2276,7 +2288,7 @@ class OtherUpstreams(unittest.TestCase):
         self.assertEqual((summary(message), message["usage"]["input_tokens"]), ([("text", "abc")], 5))
 
     def test_odd_usage_spoils_no_answer(self):
-        for usage in ({"prompt_tokens": "x"}, {"cost": "1", "is_byok": True}, {"cost": 0.5, "is_byok": True, "cost_details": {"upstream_inference_cost": "x"}}, {"completion_tokens_details": None, "total_tokens": []}):
+        for usage in ({"prompt_tokens": "x"}, {"cost": "1", "is_byok": True}, {"cost": 0.5, "is_byok": True, "cost_details": {"upstream_inference_cost": "x"}}, {"completion_tokens_details": None, "total_tokens": []}, "x", [1], {"prompt_tokens_details": "x"}):
             message, _ = emitted([proxy.ChunksFromOpenAI().feed(oa("stop", usage, content="a"))])
             self.assertEqual(summary(message), [("text", "a")])
 
