@@ -1523,7 +1523,7 @@ def media_part(source: Json, what: str, default_type: str, history: History) -> 
         data = "".join(data.split())
         if not is_base64(data) or len(data.rstrip("=")) % 4 == 1:
             raise invalid(".source.data: could not process %s: it is not base64" % what)
-    mime = str(source.get("media_type") or default_type)
+    mime = expect(source.get("media_type") or default_type, (str,), ".source.media_type")
     if what == "image":  # clients name the wrong type often enough, and Gemini believes them
         start = data[:16].replace("+", "-").replace("/", "_")
         try:

@@ -954,6 +954,8 @@ THINKING_CASES = (  # model, request fields, thinkingConfig, maxOutputTokens
 BAD_REQUESTS = (  # request, how the message starts
     ([], "The body must be a JSON object"), ({}, "model: "), ({"model": "m"}, "messages: "), (request(max_tokens=0), "max_tokens: "),
     (request(max_tokens="9"), "max_tokens: must be an integer, not a string"), (request(stream=1), "stream: "),
+    (request({"role": "user", "content": [image("=" + "A" * 19)]}), "messages[0].content[0].source.data: could not process image"),
+    (request({"role": "user", "content": [image(PNG, ["image"])]}), "messages[0].content[0].source.media_type: must be a string, not a list"),
     (request({"role": "tool", "content": ""}), "messages[0].role: "), (request(1), "messages[0]: must be an object"),
     (request({"role": "user", "content": [{"type": "text", "text": 1}]}), "messages[0].content[0].text: must be a string, not an integer"),
     (request({"role": "user", "content": [{}]}), "messages[0].content[0].type: "), (request({"role": "user", "content": 5}), "messages[0].content: "),
