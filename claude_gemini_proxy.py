@@ -876,6 +876,7 @@ def asked_for(requested: str, config: Config) -> str:
     vendor, there = _VENDOR_NAME.match(name), config.upstreams
     is_own = _OWN_NAME.match(name) or (vendor and (
         vendor.group(2) in there or "openrouter" in there
+        or (vendor.group(2) == "models" and "gemini" in there)
         or (there[0] == "openai" and vendor.group(2) not in NEEDED_KEYS)))
     return config.anthropic_model or next(mapped, name if is_own else "")
 
@@ -914,8 +915,8 @@ def full_name(target: str, config: Config) -> str:
         return "openrouter/" + whole
     if vendor == "anthropic" and vendor in there:
         return whole
-    if own and "gemini" in there:
-        name = own.group(1)
+    if (own or vendor in ("gemini", "models")) and "gemini" in there:
+        name = own.group(1) if own else rest
     elif vendor in NEEDED_KEYS:
         raise ProxyError(404, "model: %s needs %s" % (name[:200], NEEDED_KEYS[vendor]))
     elif there[0] != "gemini":
@@ -4142,9 +4143,7 @@ class OpenAI(Upstream):
         model = body["model"]
         if model == "default" and listed:
             model = next(iter(listed))
-        elif "/" in model and model[0] != "~" and listed and not any(
-                model in (id_, id_.partition(":")[0]) or model.partition(":")[0] == id_
-                for id_ in listed):
+        elif listed and not self._offers(model, listed):
             near = difflib.get_close_matches(model, listed, 3, 0.4)
             raise ProxyError(404, "model: %s is not offered%s" % (
                 exchange.model, "; there are %s" % ", ".join(near) if near else ""))
@@ -4177,6 +4176,14 @@ class OpenAI(Upstream):
                     self._refused.put((model, name), True)
                 elif name.startswith("a larger ") and most:
                     self._refused.put((model, "most"), int(most.group(1)))
+
+    def _offers(self, model: str, listed: Iterable[str]) -> bool:
+        """Whether a model is listed, also with a tag (`:free`, `:latest`) on either side. OpenRouter's
+        aliases (`~`) are not, and small servers answer to any plain name."""
+        if model[:1] == "~" or ("/" not in model and self._dialect != "openrouter"):
+            return True
+        bare = model.partition(":")[0]
+        return any(model == id_ or model == id_.partition(":")[0] or bare == id_ for id_ in listed)
 
     def _without_refused(self, body: Json) -> Json:
         """A body without what its model has refused before."""

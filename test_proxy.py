@@ -2166,7 +2166,7 @@ class OtherUpstreams(unittest.TestCase):
         keys = {"g": {"gemini_api_key": "k"}, "r": {"openrouter_api_key": "k"}, "o": {"openai_api_key": "k"}, "l": {"openai_api_base": "http://localhost:1/v1"}, "a": {"anthropic_api_key": "k"}}
         for have, name, expected in (
                 ("gr", "anthropic/claude-x", "openrouter/anthropic/claude-x"), ("gr", "openrouter/x/y:free", "openrouter/x/y:free"), ("gr", "claude-openrouter/x/y", "openrouter/x/y"),
-                ("gr", "gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "models/gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "gemini/gemini-3.8-flash", "gemini-3.8-flash"),
+                ("gr", "gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "models/gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "gemini/gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "gemini/new-one", "new-one"), ("g", "models/new-one", "new-one"), ("g", "gemini/tunedModels/x", "tunedModels/x"),
                 ("gr", "google/gemini-3.8-flash", "openrouter/google/gemini-3.8-flash"), ("g", "google/gemini-3.8-flash", "gemini-3.8-flash"), ("gr", "claude-opus-5", "gemini-3.8-flash"),
                 ("r", "claude-opus-5[1m]", "openrouter/~anthropic/claude-sonnet-latest"), ("r", "claude-haiku-4-5", "openrouter/anthropic/claude-haiku-4.5"), ("r", "openai/gpt-5", "openrouter/openai/gpt-5"),
                 ("gro", "openai/gpt-5", "openai/gpt-5"), ("gro", "x/y", "openrouter/x/y"), ("l", "claude-opus-5", "openai/default"), ("l", "openai/llama", "openai/llama"), ("l", "meta/llama", "openai/meta/llama"),
@@ -2191,6 +2191,7 @@ class OtherUpstreams(unittest.TestCase):
         status, answer = r.ask(request(model="meta/llama-4-maveric"))
         self.assertEqual((status, answer["error"]["message"], fake.requests), (404, "model: openrouter/meta/llama-4-maveric is not offered; there are meta/llama-4-maverick, meta/llama-4-scout", []))
         self.assertEqual(summary(r.ask(request(model="x/y:nitro"))[1]), [("text", "x/y:nitro")])
+        self.assertIn("is not offered", r.ask(request(model="gemini-3.8-flash"))[1]["error"]["message"])
         self.assertIn("openrouter/x/y", [m["id"] for m in json.loads(r.send("GET", "/v1/models?limit=1000")[2])["data"]])
         r, fake = self.run_proxy(lambda body: [oa(content=body["model"]), oa("stop")], ["the-only-one"], openai_api_key="ok")
         self.assertEqual(summary(r.ask(request(model="claude-opus-5"))[1]), [("text", "the-only-one")])
