@@ -4178,8 +4178,8 @@ class OpenAI(Upstream):
                     self._refused.put((model, "most"), int(most.group(1)))
 
     def _offers(self, model: str, listed: Iterable[str]) -> bool:
-        """Whether a model is listed, also with a tag (`:free`, `:latest`) on either side. OpenRouter's
-        aliases (`~`) are not, and small servers answer to any plain name."""
+        """Whether a model is listed, also with a tag (`:free`, `:latest`) on either side.
+        OpenRouter's aliases (`~`) are not, and small servers answer to any plain name."""
         if model[:1] == "~" or ("/" not in model and self._dialect != "openrouter"):
             return True
         bare = model.partition(":")[0]
