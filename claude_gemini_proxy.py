@@ -5966,6 +5966,10 @@ def command_config(command: str, flags: Dict[str, Any]) -> Config:
     needs_key = command != "env" and not (config.client_keys and command == "serve")
     if needs_key and not (has_key or flags["demo"]):
         raise ValueError(NO_KEY)
+    if (needs_key and config.upstreams[0] == "openai" and config.base("openai") == OPENAI_BASE
+            and not config.big_model and not config.anthropic_model):
+        raise ValueError("OPENAI_API_KEY alone names no model: set BIG_MODEL=gpt-..., or "
+                         "OPENAI_API_BASE for a server of your own, or GEMINI_API_KEY")
     if command == "env" and not config.port:
         raise ValueError("PORT=0 is another port each time: env needs a fixed one")
     if command == "run":

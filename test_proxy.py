@@ -2835,7 +2835,8 @@ class Promises(unittest.TestCase):
         self.assertNotIn("s3cret", repr(load({"GEMINI_API_KEY": "s3cret", "PROXY_AUTH_TOKEN": "s3cret"})))
 
     def test_a_bad_start_is_one_clear_line(self):
-        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a whole number from 0 to 65535"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN")):
+        for env, status, text in (({"PORT": "x"}, 2, "PORT must be a whole number from 0 to 65535"), ({}, 2, "--demo"), ({"HOST": "0.0.0.0", "GEMINI_API_KEY": "k"}, 2, "PROXY_AUTH_TOKEN"),
+                                  ({"OPENAI_API_KEY": "k"}, 2, "set BIG_MODEL"), ({"UPSTREAM": "openrouter"}, 2, "needs OPENROUTER_API_KEY"), ({"GEMINI_API_KEY": "k", "FALLBACK_MODELS": "openai/x"}, 2, "needs OPENAI_API_BASE")):
             got, output = child(proxy.__file__, **env)
             self.assertEqual(got, status)
             self.assertIn(text, output)
