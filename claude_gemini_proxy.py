@@ -2544,6 +2544,106 @@ def openai_usage(usage: Any) -> Json:
     return counts
 
 
+LIMITS = ("max_tokens", "max_completion_tokens")
+# What a 400 may complain of that an answer can do without.
+LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
+            "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
+_REFUSES = re.compile(r"(?i)unsupported|not support|unrecognized|unknown|unexpected|mandatory|only"
+                      r"|not (?:allowed|permitted)|extra (?:inputs|fields)|may not|cannot"
+                      r"|incompatible|unavailable|deprecated|invalid for")
+_AT_MOST = re.compile(r"(?i)(?:at most|less than or equal to|maximum (?:value )?is|<=|range of "
+                      r"max_\w+ (?:is|should be) \[\d+,|\d >) ?[`'\"]?(\d{1,9})")
+_NO_USER_AFTER_TOOL = re.compile(r"(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool")
+
+
+def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
+    """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
+    limit = next((name for name in LIMITS if name in body), "")
+    room, most = _OVERFLOW.search(message), _AT_MOST.search(message)
+    if limit in message and limit and _REFUSES.search(message) and not most:
+        yield limit, without_field(body, limit)
+    elif room or (most and "token" in message):
+        lower = int(most.group(1)) if most else overflow_room(room)
+        yield "a larger " + limit, dict(body, **{limit: max(1, min(lower, body.get(limit, lower)))})
+    for name in LUXURIES if _REFUSES.search(message) else ():
+        if name in body and re.search(r"(?i)\b%s\b" % name, message):
+            yield name, without_field(body, name)
+    if "reasoning_content" in message:
+        yield "a call without reasoning_content", dict(body, messages=[
+            dict({"reasoning_content": " "}, **message_) if "tool_calls" in message_ else message_
+            for message_ in body["messages"]])
+    if _NO_USER_AFTER_TOOL.search(message):
+        yield "a text after tools", dict(body, messages=users_into_tools(body["messages"]))
+    if re.search(r"(?i)content (?:blocks|part|type)|\b(?:image|images|file|multimodal|vision)\b",
+                 message):
+        yield "media", without_field(body, "media")
+
+
+def overflow_room(overflow: Any) -> int:
+    """How many tokens an answer may have, by an error that names the context and the prompt."""
+    limit, tokens = overflow_numbers(overflow)
+    return max(1, limit - tokens - 16)
+
+
+def users_into_tools(messages: Sequence[Json]) -> List[Json]:
+    """Texts that follow tool results, as a part of the last result."""
+    out: List[Json] = []
+    for message in messages:
+        follows = bool(out) and out[-1]["role"] == "tool" and message["role"] == "user"
+        if follows and isinstance(message["content"], str):
+            out[-1] = dict(out[-1], content=out[-1]["content"] + "\n\n" + message["content"])
+        else:
+            out.append(message)
+    return out
+
+
+def without_field(body: Json, name: str) -> Json:
+    """A chat.completions body without a field that was refused, or with what stands for it."""
+    body = dict(body)
+    if name == "media":
+        body["messages"] = [without_media(message) for message in body["messages"]]
+        return body
+    value = body.pop(name, None)
+    other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
+    if other and value is not None:
+        body[other] = value
+    return body
+
+
+def without_media(message: Json) -> Json:
+    """A message of text alone, with a note in the place of each image and file."""
+    if not isinstance(message.get("content"), list):
+        return message
+    notes = {"image_url": "[An image that this model cannot see.]",
+             "file": "[A document that this model cannot see.]"}
+    return dict(message, content="\n\n".join(part.get("text") or notes[part["type"]]
+                                             for part in message["content"]))
+
+
+def without_own_thoughts(request: Json) -> Json:
+    """A request without the thinking blocks that were made here: Anthropic refuses them."""
+    def is_own(block: Any) -> bool:
+        return isinstance(block, dict) and str(block.get("signature")).startswith(
+            (CALL_MARK, THOUGHT_MARK))
+    if not isinstance(request.get("messages"), list):
+        return request
+    messages = [dict(message, content=[b for b in message["content"] if not is_own(b)])
+                if isinstance(message, dict) and isinstance(message.get("content"), list)
+                else message for message in request["messages"]]
+    return dict(request, messages=[message for message in messages if not isinstance(message, dict)
+                                   or message.get("content") != []])
+
+
+def translated(request: Json, config: Config,
+               lookup: Callable[[str], Optional[str]] = lambda key: None,
+               declare: Optional[Callable[[Json], Json]] = None, model: str = "") -> Translation:
+    """A request in the form of the upstream that has the model (a full name)."""
+    upstream, name = split_name(model)
+    if upstream == "gemini":
+        return to_gemini(request, name, config, lookup, declare)
+    return to_openai(request, name, config, lookup, declare, openai_dialect(upstream, config))
+
+
 # ---- 8. Gemini answer -> Anthropic events (pure) --------------------------------------------
 
 class MessageEmitter:
@@ -2864,6 +2964,17 @@ def finish_name(reason: Any) -> str:
     return "" if reason in (None, "FINISH_REASON_UNSPECIFIED") else str(reason)
 
 
+def has_finish(batch: Sequence[Json]) -> bool:
+    return any(finish_name(candidate.get("finishReason")) for chunk in batch
+               for candidate in _dicts(chunk.get("candidates")))
+
+
+def has_parts(batch: Sequence[Json]) -> bool:
+    return any(candidate["content"].get("parts") for chunk in batch
+               for candidate in _dicts(chunk.get("candidates"))
+               if isinstance(candidate.get("content"), dict))
+
+
 def stop_reason(finish_reason: str, called: bool) -> Tuple[str, str]:
     """finishReason -> (stop_reason, note for the reader). Gemini says STOP for tool calls, too."""
     if called:
@@ -3033,26 +3144,8 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
 
 
 STREAM_DONE: Json = {"object": "[DONE]"}
-HEAD_LIMIT = 1 << 16
 ONLY_ONCE = frozenset({"host", "content-length", "transfer-encoding"})
 _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
-
-
-def read_head(file: Any) -> List[bytes]:
-    """The lines of an HTTP head, without the empty one.
-
-    Raises ValueError if it is longer than HEAD_LIMIT or ends too early.
-    """
-    lines, left = [], HEAD_LIMIT
-    while left > 0:
-        line = file.readline(left)
-        left -= len(line)
-        if line in (b"\r\n", b"\n"):
-            return lines
-        if not line.endswith(b"\n") and left > 0:
-            raise ValueError("it ends too early")
-        lines.append(line)
-    raise ValueError("it is longer than %d bytes" % HEAD_LIMIT)
 
 
 def parse_fields(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
@@ -3445,6 +3538,26 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         for connections in idle.values():
             for connection, _ in connections:
                 connection.close()
+
+
+HEAD_LIMIT = 1 << 16
+
+
+def read_head(file: Any) -> List[bytes]:
+    """The lines of an HTTP head, without the empty one.
+
+    Raises ValueError if it is longer than HEAD_LIMIT or ends too early.
+    """
+    lines, left = [], HEAD_LIMIT
+    while left > 0:
+        line = file.readline(left)
+        left -= len(line)
+        if line in (b"\r\n", b"\n"):
+            return lines
+        if not line.endswith(b"\n") and left > 0:
+            raise ValueError("it ends too early")
+        lines.append(line)
+    raise ValueError("it is longer than %d bytes" % HEAD_LIMIT)
 
 
 class Reply:
@@ -3996,17 +4109,6 @@ class Upstream:
         return {"Authorization": "Bearer " + key} if key else {}
 
 
-def has_finish(batch: Sequence[Json]) -> bool:
-    return any(finish_name(candidate.get("finishReason")) for chunk in batch
-               for candidate in _dicts(chunk.get("candidates")))
-
-
-def has_parts(batch: Sequence[Json]) -> bool:
-    return any(candidate["content"].get("parts") for chunk in batch
-               for candidate in _dicts(chunk.get("candidates"))
-               if isinstance(candidate.get("content"), dict))
-
-
 class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
@@ -4224,82 +4326,6 @@ class OpenAI(Upstream):
                 "outputTokenLimit": limits.get("max_completion_tokens")
                 if isinstance(limits, dict) else None}
         return found
-
-
-LIMITS = ("max_tokens", "max_completion_tokens")
-# What a 400 may complain of that an answer can do without.
-LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
-            "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
-_REFUSES = re.compile(r"(?i)unsupported|not support|unrecognized|unknown|unexpected|mandatory|only"
-                      r"|not (?:allowed|permitted)|extra (?:inputs|fields)|may not|cannot"
-                      r"|incompatible|unavailable|deprecated|invalid for")
-_AT_MOST = re.compile(r"(?i)(?:at most|less than or equal to|maximum (?:value )?is|<=|range of "
-                      r"max_\w+ (?:is|should be) \[\d+,|\d >) ?[`'\"]?(\d{1,9})")
-_NO_USER_AFTER_TOOL = re.compile(r"(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool")
-
-
-def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
-    """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
-    limit = next((name for name in LIMITS if name in body), "")
-    room, most = _OVERFLOW.search(message), _AT_MOST.search(message)
-    if limit in message and limit and _REFUSES.search(message) and not most:
-        yield limit, without_field(body, limit)
-    elif room or (most and "token" in message):
-        lower = int(most.group(1)) if most else overflow_room(room)
-        yield "a larger " + limit, dict(body, **{limit: max(1, min(lower, body.get(limit, lower)))})
-    for name in LUXURIES if _REFUSES.search(message) else ():
-        if name in body and re.search(r"(?i)\b%s\b" % name, message):
-            yield name, without_field(body, name)
-    if "reasoning_content" in message:
-        yield "a call without reasoning_content", dict(body, messages=[
-            dict({"reasoning_content": " "}, **message_) if "tool_calls" in message_ else message_
-            for message_ in body["messages"]])
-    if _NO_USER_AFTER_TOOL.search(message):
-        yield "a text after tools", dict(body, messages=users_into_tools(body["messages"]))
-    if re.search(r"(?i)content (?:blocks|part|type)|\b(?:image|images|file|multimodal|vision)\b",
-                 message):
-        yield "media", without_field(body, "media")
-
-
-def overflow_room(overflow: Any) -> int:
-    """How many tokens an answer may have, by an error that names the context and the prompt."""
-    limit, tokens = overflow_numbers(overflow)
-    return max(1, limit - tokens - 16)
-
-
-def users_into_tools(messages: Sequence[Json]) -> List[Json]:
-    """Texts that follow tool results, as a part of the last result."""
-    out: List[Json] = []
-    for message in messages:
-        follows = bool(out) and out[-1]["role"] == "tool" and message["role"] == "user"
-        if follows and isinstance(message["content"], str):
-            out[-1] = dict(out[-1], content=out[-1]["content"] + "\n\n" + message["content"])
-        else:
-            out.append(message)
-    return out
-
-
-def without_field(body: Json, name: str) -> Json:
-    """A chat.completions body without a field that was refused, or with what stands for it."""
-    body = dict(body)
-    if name == "media":
-        body["messages"] = [without_media(message) for message in body["messages"]]
-        return body
-    value = body.pop(name, None)
-    other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
-    if other and value is not None:
-        body[other] = value
-    return body
-
-
-def without_media(message: Json) -> Json:
-    """A message of text alone, with a note in the place of each image and file."""
-    if not isinstance(message.get("content"), list):
-        return message
-    notes = {"image_url": "[An image that this model cannot see.]",
-             "file": "[A document that this model cannot see.]"}
-    return dict(message, content="\n\n".join(part.get("text") or notes[part["type"]]
-                                             for part in message["content"]))
 
 
 class Anthropic(Upstream):
@@ -4735,30 +4761,6 @@ class DeadlineReader(io.RawIOBase):
             return self._sock.recv_into(buffer)
         finally:
             self._sock.settimeout(usual)
-
-
-def without_own_thoughts(request: Json) -> Json:
-    """A request without the thinking blocks that were made here: Anthropic refuses them."""
-    def is_own(block: Any) -> bool:
-        return isinstance(block, dict) and str(block.get("signature")).startswith(
-            (CALL_MARK, THOUGHT_MARK))
-    if not isinstance(request.get("messages"), list):
-        return request
-    messages = [dict(message, content=[b for b in message["content"] if not is_own(b)])
-                if isinstance(message, dict) and isinstance(message.get("content"), list)
-                else message for message in request["messages"]]
-    return dict(request, messages=[message for message in messages if not isinstance(message, dict)
-                                   or message.get("content") != []])
-
-
-def translated(request: Json, config: Config,
-               lookup: Callable[[str], Optional[str]] = lambda key: None,
-               declare: Optional[Callable[[Json], Json]] = None, model: str = "") -> Translation:
-    """A request in the form of the upstream that has the model (a full name)."""
-    upstream, name = split_name(model)
-    if upstream == "gemini":
-        return to_gemini(request, name, config, lookup, declare)
-    return to_openai(request, name, config, lookup, declare, openai_dialect(upstream, config))
 
 
 class ProxyHandler(BaseHTTPRequestHandler):
