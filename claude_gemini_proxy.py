@@ -118,13 +118,12 @@ LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-
 )
 
 
-
 class Price(NamedTuple):
     """USD per million tokens of the models that `pattern` fits."""
 
     pattern: str
     until: str       # last day, "" for ever
-    above: int       # fewest prompt tokens
+    least: int       # prompt tokens from which on it holds
     input: float
     output: float    # thoughts included
     cached: float
@@ -242,12 +241,11 @@ class ProxyError(Exception):
     """
 
     def __init__(self, status: int, message: str, retry_after: Optional[float] = None,
-                 should_retry: Optional[bool] = None, type_: str = "", transient: bool = False,
+                 should_retry: Optional[bool] = None, transient: bool = False,
                  code: str = "") -> None:
         super().__init__(message)
         self.status = status
-        self.type = type_ or ERROR_TYPES.get(status, "api_error" if status >= 500
-                                             else "invalid_request_error")
+        self.type = ERROR_TYPES.get(status, "invalid_request_error")
         self.message = message
         self.retry_after = retry_after
         self.should_retry = should_retry
@@ -329,7 +327,8 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
     message = " ".join(str(error.get("message") or "no reason given").split())
     inner = error.get("metadata")  # OpenRouter's, with what the provider said
     if isinstance(inner, dict) and isinstance(inner.get("raw"), str):
-        message += ": " + " ".join(str(google_error(inner["raw"].encode()).get("message")).split())
+        said = google_error(inner["raw"].encode("utf-8", "replace")).get("message")
+        message += ": " + " ".join(str(said).split())
     for key in keys:
         message = message.replace(key, "[key]") if len(key) > 7 else message
     message = SECRETS.sub("[key]", message)[:400]
@@ -852,10 +851,10 @@ _OWN_NAME = re.compile(
     r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma)-.+|tunedModels/.+)$")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 _VENDOR_NAME = re.compile(r"(?:claude-)?((~?[A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w./@:-]*))$")
-# https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
 NEEDED_KEYS = MappingProxyType({
     "openrouter": "OPENROUTER_API_KEY", "openai": "OPENAI_API_BASE or OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY or OPENROUTER_API_KEY"})
+# https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
 OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"
 
 
@@ -940,7 +939,7 @@ def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Op
     names = (model, split_name(model)[1])
     return next((price for price in prices
                  if any(fnmatch.fnmatchcase(name, price.pattern) for name in names)
-                 and prompt_tokens >= price.above and day <= (price.until or day)), None)
+                 and prompt_tokens >= price.least and day <= (price.until or day)), None)
 
 
 def cost_of(usage: Json, model: str, config: Config, day: str) -> Optional[float]:
@@ -1082,10 +1081,10 @@ class Translation(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A tool call of the history: the client's id, and the id and name it has for Gemini."""
+    """A tool call of the history: the client's id, and the id and name it has upstream."""
 
     tool_use_id: str
-    gemini_id: str
+    upstream_id: str
     name: str
 
 
@@ -1140,7 +1139,7 @@ def to_gemini(request: Json, model: str, config: Config,
     history.session = session_hash(turns)
     contents = to_contents(turns, history)
     tools = offered_tools(request, history)
-    functions, built_in = gemini_tools(tools, rule, notes, declare or declaration)
+    functions, built_in = declared_tools(tools, rule, notes, declare or declaration)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     thinking, thinking_config = thinking_from(request, history.effort, rule, limit)
     generation = generation_config(request, limit, bool(thinking) or rule.can_stop_thinking)
@@ -1325,7 +1324,7 @@ def user_parts(blocks: Sequence[Tuple[Tuple, Json]], history: History) -> List[J
         _, response, media = queue.pop(0) if queue else ("", {"error": NO_RESULT}, [])
         within = [part for part in media if history.rule.generation > 2 and fits_response(part)]
         beside += [part for part in media if part not in within]
-        function_response = {"id": call.gemini_id, "name": call.name, "response": response}
+        function_response = {"id": call.upstream_id, "name": call.name, "response": response}
         if within:
             function_response["parts"] = within
         parts.append({"functionResponse": function_response})
@@ -1429,7 +1428,7 @@ def tool_use_parts(block: Json, history: History) -> List[Json]:
     call = Call(tool_use_id, call_id(tool_use_id, history), short_name(name, history.names))
     history.calls.append(call)
     history.loaded.setdefault(name, True)
-    part = {"functionCall": {"id": call.gemini_id, "name": call.name, "args": args}}
+    part = {"functionCall": {"id": call.upstream_id, "name": call.name, "args": args}}
     kept = history.lookup(tool_use_id) if tool_use_id else None
     carried, history.carried = history.carried, ""
     if kept and history.takes(kept):
@@ -1450,7 +1449,7 @@ def call_id(tool_use_id: str, history: History) -> str:
         with contextlib.suppress(ValueError):  # somebody else's, then
             padded = own.group(1) + "=" * (-len(own.group(1)) % 4)
             plain = base64.urlsafe_b64decode(padded).decode("utf-8")
-    taken = history.calls and any(call.gemini_id == plain for call in history.calls)
+    taken = history.calls and any(call.upstream_id == plain for call in history.calls)
     return "%s_%d" % (plain, len(history.calls)) if taken else plain
 
 
@@ -1659,7 +1658,7 @@ def offered_tools(request: Json, history: History) -> List[Json]:
             if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
 
 
-def gemini_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
+def declared_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
                  declare: Callable[[Json], Json]) -> Tuple[List[Tuple[Json, Json]], List[str]]:
     """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
     functions: List[Tuple[Json, Json]] = []
@@ -2170,7 +2169,7 @@ def to_openai(request: Json, model: str, config: Config,
     contents = to_contents(turns, history)
     tools = offered_tools(request, history)
     system += search_hints(tools)
-    functions, built_in = gemini_tools(tools, rule, notes, declare or declaration)
+    functions, built_in = declared_tools(tools, rule, notes, declare or declaration)
     names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     body: Json = {"model": model, "messages": openai_messages(system, contents, dialect),
@@ -3842,6 +3841,7 @@ class Upstream:
     """
 
     HOUSE, SETTING = "Gemini", "GEMINI_API_KEY"
+    TAKES_CLIENT_KEYS = False
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
     REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
     BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
@@ -3920,7 +3920,7 @@ class Upstream:
 
     def _next_key(self, error: ProxyError, exchange: Exchange) -> bool:
         """Rest the key that was refused or is at its limit; whether another one can be asked."""
-        if error.status not in (402, 403, 429) or exchange.client_key:
+        if error.status not in (402, 403, 429) or (exchange.client_key and self.TAKES_CLIENT_KEYS):
             return False
         lasting = error.should_retry is False
         seconds = 3600.0 if lasting else min(max(1.0, error.retry_after or 10.0), 3600.0)
@@ -4112,6 +4112,8 @@ class Upstream:
 class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
+    TAKES_CLIENT_KEYS = True
+
     def __init__(self, config: Config, opener: Any) -> None:
         super().__init__(config, opener, config.base("gemini"), config.keys)
         self._tools = ToolBytes()
@@ -4271,13 +4273,12 @@ class OpenAI(Upstream):
         was, model = exchange.translation.body, body["model"]
         for name, message in repaired.items():
             most = _AT_MOST.search(message)
-            with self._lock:
-                if name in LUXURIES and message:
-                    self._refused.put((model, name, json.dumps(was.get(name))), True)
-                elif name in LIMITS and message:
-                    self._refused.put((model, name), True)
-                elif name.startswith("a larger ") and most:
-                    self._refused.put((model, "most"), int(most.group(1)))
+            if name in LUXURIES and message:
+                self._refused.put((model, name, json.dumps(was.get(name))), True)
+            elif name in LIMITS and message:
+                self._refused.put((model, name), True)
+            elif name.startswith("a larger ") and most:
+                self._refused.put((model, "most"), int(most.group(1)))
 
     def _offers(self, model: str, listed: Iterable[str]) -> bool:
         """Whether a model is listed, also with a tag (`:free`, `:latest`) on either side.
@@ -4422,10 +4423,10 @@ class Upstreams:
             found.update((prefix + id_, model) for id_, model in listed.items())
         return found or None
 
-    def list_models(self, client_key: str = "") -> None:
+    def list_models(self) -> None:
         """Ask each upstream for its models. Raises ProxyError."""
         for member in self.members.values():
-            member.list_models(client_key)
+            member.list_models()
 
     def key_states(self) -> List[Json]:
         """The keys by number, each with the seconds that it still rests for a model."""
@@ -5635,7 +5636,7 @@ class DemoModel:
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
         return None
 
-    def list_models(self, client_key: str = "") -> Dict[str, Json]:
+    def list_models(self) -> Dict[str, Json]:
         return {}
 
     def key_states(self) -> List[Json]:
@@ -5781,6 +5782,14 @@ def status_line(session: Json) -> str:
                       + (["$%.3f" % session["cost"]] if session["cost"] else []))
 
 
+def tune_memory() -> None:
+    """For a process that does nothing but serve, alone or beside a client."""
+    # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
+    gc.set_threshold(20000, 20, 20)
+    # glibc learns from this to keep what is freed: 840 page faults less, and 15 %, on 1.1 MB.
+    bytes(16 << 20)
+
+
 GRACE_SECONDS = 30.0
 
 
@@ -5810,10 +5819,6 @@ def serve(server: ProxyServer, demo: bool) -> int:
                     "to anything", config.base("openrouter"))
     for hint in hints(server) if not demo else ():
         LOG.info("hint: %s", hint)
-    # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
-    gc.set_threshold(20000, 20, 20)
-    # glibc learns from this to keep what is freed: 840 page faults less, and 15 %, on 1.1 MB.
-    bytes(16 << 20)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not stop.wait(3600):
         pass
@@ -6003,6 +6008,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if command == "env":
             return print_environment(config, rest[0] if rest else "sh")
         start_logging(config, quiet=command != "serve")
+        tune_memory()
         server = make_server(config, DemoModel() if flags["demo"] else None)
     except ValueError as exc:
         print("claude_gemini_proxy: %s" % exc, file=sys.stderr)

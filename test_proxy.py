@@ -2239,6 +2239,9 @@ class OtherUpstreams(unittest.TestCase):
         self.addCleanup(r.__exit__)
         self.assertEqual(summary(r.ask(request(), x_api_key="the-client's-own")[1]), [("text", "x")])  # 429 at Gemini, then openai/m
         self.assertEqual([q["headers"]["authorization"] for q in fake.requests], ["Bearer ok"])
+        r2 = Running(client_keys=True, openai_api_key="bad,ok", openai_api_base=fake.url)
+        self.addCleanup(r2.__exit__)
+        self.assertEqual(summary(r2.ask(request(model="openai/m"), x_api_key="k")[1]), [("text", "x")])  # of our own keys, the next
         long = dict(TOOL, name="mcp.server:" + "x" * 80)
         r.fake.script, fake.script = r.fake.script, lambda body: [oa_call(0, "{}", "a", body["tools"][0]["function"]["name"]), oa("stop")]
         self.assertEqual(summary(r.ask(request(tools=[long]), x_api_key="k")[1]), [("tool_use", (long["name"], {}))])  # an alias of the second model
@@ -2291,6 +2294,8 @@ class OtherUpstreams(unittest.TestCase):
         self.assertEqual((summary(message), message["usage"]["input_tokens"]), ([("text", "abc")], 5))
 
     def test_odd_usage_spoils_no_answer(self):
+        error = proxy.upstream_error(400, {"error": {"message": "Provider returned error", "metadata": {"raw": "\ud800 why"}}}, house="OpenRouter")
+        self.assertEqual(error.message, "OpenRouter answered 400: Provider returned error: ? why")
         for usage in ({"prompt_tokens": "x"}, {"cost": "1", "is_byok": True}, {"cost": 0.5, "is_byok": True, "cost_details": {"upstream_inference_cost": "x"}}, {"completion_tokens_details": None, "total_tokens": []}, "x", [1], {"prompt_tokens_details": "x"}):
             message, _ = emitted([proxy.ChunksFromOpenAI().feed(oa("stop", usage, content="a"))])
             self.assertEqual(summary(message), [("text", "a")])
