@@ -5594,7 +5594,7 @@ class DemoModel:
             parts.insert(0, {"text": "**Reading**\n\nI look for a command to run.",
                              "thought": True})
         usage = {"promptTokenCount": len(json.dumps(body["contents"])) // 4,
-                 "candidatesTokenCount": len(json.dumps(parts)) // 4}
+                 "candidatesTokenCount": len(json.dumps(parts)) // 4, "cost": 0}
         for i, part in enumerate(parts):
             candidate: Json = {"content": {"role": "model", "parts": [part]}, "index": 0}
             candidate.update({"finishReason": "STOP"} if i == len(parts) - 1 else {})

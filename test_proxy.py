@@ -1894,6 +1894,8 @@ class EndToEnd(unittest.TestCase):
         id_ = first["content"][-1]["id"]
         body["messages"] += [{"role": "assistant", "content": first["content"]}, results(id_)]
         self.assertIn("r " + id_, summary(r.ask(body)[1])[-1][1])
+        self.assertTrue(wait_for(lambda: len(r.server.traffic.last_hour()["recent"]) == 3))
+        self.assertEqual(r.server.traffic.spent, 0)
 
 
 # ---- 12. OpenAI-compatible upstreams and Anthropic ---------------------------------------------------------
