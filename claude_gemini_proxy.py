@@ -10,7 +10,7 @@ OpenRouter, OpenAI-compatible servers and Anthropic itself can stand in Gemini's
 
 One request through the program, in the order of the file:
 
-    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> Upstreams.batches
+    client --POST /v1/messages--> parse_json, check_request --> to_gemini --> deliver, Upstream
                                                                                    |
       JSON (stream: false) <-- message_from_events <--+                            v  chunks
       SSE  (stream: true)  <-- EventStream + pings <--+-- events <-- MessageEmitter
@@ -20,10 +20,10 @@ bytes. `live` reads streamGenerateContent; `replay` asks generateContent, and th
 one chunk into the same emitter. There is no second way from Gemini to Anthropic; an OpenAI answer
 takes the same one, as Gemini-shaped chunks (to_openai, ChunksFromOpenAI).
 
-Sections: 1 tables, 2 errors, 3 settings, 4 JSON and request checks, 5 request to Gemini,
-6 JSON Schema, 7 OpenAI, 8 answer to Anthropic, 9 wire formats, 10 shared state, 11 upstreams,
-12 delivery, 13 HTTP front end, 14 page, 15 program. Sections 1 to 9 are pure: no I/O, clock,
-environment or random.
+Sections: 1 errors, 2 settings, 3 models and prices, 4 JSON and request checks, 5 request to
+Gemini, 6 JSON Schema and repairs, 7 OpenAI, 8 answer to Anthropic, 9 wire formats, 10 shared state,
+11 HTTP to upstreams, 12 upstreams, 13 delivery, 14 HTTP server, 15 endpoints, 16 page, 17 program.
+Sections 1 to 9 are pure: no I/O, clock, environment or random. A table stands above what uses it.
 
 Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
 writes nothing to disk but the log that LOG_FILE names; keeps in memory, of a conversation, only
@@ -56,6 +56,7 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -79,165 +80,23 @@ Json = Dict[str, Any]
 LOG = logging.getLogger("claude_gemini_proxy")
 
 
-# ---- 1. Tables (pure) -----------------------------------------------------------------------
-
-class ModelRule(NamedTuple):
-    """What a family of Gemini models takes: thinking by `levels` (3 on) or by `budget` (2.5)."""
-
-    prefixes: Tuple[str, ...]
-    generation: int
-    levels: Tuple[str, ...]
-    budget: Tuple[int, int]      # fewest and most thinking tokens
-    can_stop_thinking: bool
-
-
-# https://ai.google.dev/gemini-api/docs/thinking (read 2026-11-20). The first prefix that fits wins;
-# no model from 3 on can be told not to think, MINIMAL is as near as it gets.
-MODEL_RULES = (
-    (("gemini-2.5-pro",), 2, (), (128, 32768), False),
-    (("gemini-2.5-flash-lite",), 2, (), (512, 24576), True),
-    (("gemini-2.5",), 2, (), (1, 24576), True),
-    (("gemini-2", "gemini-1", "gemma"), 2, (), (0, 0), True),
-    (("gemini-3-flash", "gemini-3.1-flash-lite", "gemini-3.5-flash", "gemini-3.6-flash",
-      "gemini-flash-lite-latest"), 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
-    (("",), 3, ("LOW", "MEDIUM", "HIGH"), (0, 0), False),
-)
-EFFORT_LEVELS = MappingProxyType({"minimal": "LOW", "low": "LOW", "medium": "MEDIUM",
-                                  "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"})
-EFFORT_BUDGETS = MappingProxyType({"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384,
-                                   "xhigh": 24576, "max": 32768})
-THINKING_HEADROOM = 8192
-INPUT_LIMIT, OUTPUT_LIMIT = 1048576, 65536
-LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-20)
-    ("gemini-3.8-flash", "Gemini 3.8 Flash", "2026-09-02"),
-    ("gemini-4-argon", "Gemini 4 Argon", "2026-10-13"),
-    ("gemini-3.6-flash", "Gemini 3.6 Flash", "2026-07-21"),
-    ("gemini-3.5-flash-lite", "Gemini 3.5 Flash-Lite", "2026-07-21"),
-    ("gemini-3.1-pro-preview", "Gemini 3.1 Pro Preview", "2026-02-19"),
-    ("gemini-2.5-pro", "Gemini 2.5 Pro", "2025-06-17"),
-)
-
-
-class Price(NamedTuple):
-    """USD per million tokens of the models that `pattern` fits."""
-
-    pattern: str
-    until: str       # last day, "" for ever
-    least: int       # prompt tokens from which on it holds
-    input: float
-    output: float    # thoughts included
-    cached: float
-
-
-# https://ai.google.dev/gemini-api/docs/pricing (as of 2026-11-10); the first row that fits wins.
-# Cached input costs a tenth, on Argon a twentieth. Searches and storage are not in here.
-PRICES = (
-    ("gemini-4-argon", "2026-11-30", 0, 2.0, 10.0, 0.1), ("gemini-4-argon", "", 0, 4.0, 20.0, 0.2),
-    ("gemini-3.[678]-flash", "2026-12-31", 0, 0.75, 3.75, 0.075),
-    ("gemini-3.[678]-flash", "", 0, 1.5, 7.5, 0.15),
-    ("gemini-3.5-flash-lite", "", 0, 0.3, 2.5, 0.03),
-    ("gemini-3.1-flash-lite", "", 0, 0.25, 1.5, 0.025),
-    ("gemini-3.1-pro-preview*", "", 200001, 4.0, 18.0, 0.4),
-    ("gemini-3.1-pro-preview*", "", 0, 2.0, 12.0, 0.2),
-    ("gemini-3-flash-preview", "", 0, 0.5, 3.0, 0.05),
-    ("gemini-2.5-pro", "", 200001, 2.5, 15.0, 0.25), ("gemini-2.5-pro", "", 0, 1.25, 10.0, 0.125),
-    ("gemini-2.5-flash", "", 0, 0.3, 2.5, 0.03), ("gemini-2.5-flash-lite", "", 0, 0.1, 0.4, 0.01),
-)
-
-# finishReason -> stop_reason; those in no row end the turn, with a note of what Gemini called it.
-# https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20).
-STOP_REASONS = MappingProxyType(dict(
-    {"": "end_turn", "STOP": "end_turn", "MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens"},
-    SAFETY="refusal", REFUSAL="refusal", PROHIBITED_CONTENT="refusal", BLOCKLIST="refusal",
-    SPII="refusal",
-    MODEL_ARMOR="refusal", IMAGE_SAFETY="refusal", IMAGE_PROHIBITED_CONTENT="refusal"))
-STOP_NOTES = MappingProxyType({
-    "": "", "STOP": "", "MAX_TOKENS": "", "CONTINUATION": "", "REFUSAL": "",
-    "RECITATION": "The model stopped this answer: RECITATION (too close to a source).",
-    "MALFORMED_FUNCTION_CALL": "The model wrote a tool call that cannot be read. {}",
-    "UNEXPECTED_TOOL_CALL": "The model called a tool that was not offered. {}",
-    "MALFORMED_RESPONSE": "The model's answer was malformed. {}",
-})
-# The same enum by number, as `$alt=json;enum-encoding=int` sends it (recorded).
-FINISH_REASON_NAMES = ("", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE",
-                       "BLOCKLIST",
-                       "PROHIBITED_CONTENT", "SPII", "MALFORMED_FUNCTION_CALL", "IMAGE_SAFETY",
-                       "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
-# An answer that ends so with no text and no call is asked for again.
-ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
-                       "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
+# ---- 1. Errors (pure) -----------------------------------------------------------------------
 
 # HTTP status -> Anthropic error type, https://docs.claude.com/en/api/errors (read 2026-11-20).
-ERROR_TYPES = MappingProxyType({
+ERROR_TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 402: "billing_error",
     403: "permission_error", 404: "not_found_error", 409: "conflict_error",
     413: "request_too_large", 429: "rate_limit_error", 500: "api_error", 503: "api_error",
     504: "timeout_error", 529: "overloaded_error",
-})
+}
 
-# Documented stand-in for a signature that is gone:
-# https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
-DUMMY_SIGNATURE = "skip_thought_signature_validator"
-# What a thinking block of ours carries in `signature`: that of the tool call behind it, or its own.
-CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
-# Before what an OpenAI-compatible upstream wants back, kept like a signature; its form of names,
-# and our ids that hold one of its own.
-OPENAI_RULE = (("",), 0, (), (0, 0), True)  # as a row of MODEL_RULES; of no generation of Gemini's
-OPENAI_MARK = "openai-"
-_OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
-
-# Media that a functionResponse may hold (3 and later):
-# https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
-RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
-URL_TYPES = MappingProxyType({"png": "image/png", "webp": "image/webp", "heic": "image/heic",
-                              "pdf": "application/pdf", "txt": "text/plain"})
-MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
-               ("application/pdf", b"%PDF"))
-
-# Anthropic's own client tools, declared as plain functions. Source: anthropic SDK 2.11.0.
-_EDITS = MappingProxyType({
-    "path": {"type": "string"},
-    "file_text": {"type": "string", "description": "Whole text, for create."},
-    "old_str": {"type": "string"}, "new_str": {"type": "string"},
-    "insert_line": {"type": "integer"},
-    "insert_text": {"type": "string"},
-    "view_range": {"type": "array", "items": {"type": "integer"}}})
-CLIENT_TOOLS = MappingProxyType({
-    "bash_": ("Run a command in a persistent bash session.", {
-        "type": "object", "properties": {
-            "command": {"type": "string", "description": "The command to run."},
-            "restart": {"type": "boolean", "description": "Restart the session instead."}}}),
-    "text_editor_": ("View, create and edit text files.", {
-        "type": "object", "required": ["command", "path"], "properties": dict(
-            _EDITS,
-            command={"type": "string", "enum": ["view", "create", "str_replace", "insert"]})}),
-    "memory_": ("Read and write files under /memories that outlive this conversation.", {
-        "type": "object", "required": ["command"], "properties": dict(
-            _EDITS, old_path={"type": "string"}, new_path={"type": "string"}, command={
-                "type": "string",
-                "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]})}),
-})
-# Tools that run inside Gemini: prefix of Anthropic's type -> field of Gemini's Tool.
-SERVER_TOOLS = MappingProxyType({"web_search_": "googleSearch", "web_fetch_": "urlContext",
-                                 "code_execution_": "codeExecution"})
-REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
-
-
-def model_rule(model: str) -> ModelRule:
-    """Return the rule of a model's family; unknown models count as newest."""
-    return next(ModelRule(*row) for row in MODEL_RULES if model.startswith(row[0]))
-
-
-# ---- 2. Errors (pure) -----------------------------------------------------------------------
 
 class ProxyError(Exception):
     """An error that a client can be told, in Anthropic's terms.
 
     `retry_after` is in seconds; `code` is `error.details.error_code`; `transient` means that the
     proxy itself may ask again; `should_retry=False` tells Anthropic's clients to give up at once
-    (header `x-should-retry`). A message that starts with ".", "[" or ":" goes on from the path of
-    whoever catches it.
+    (header `x-should-retry`).
     """
 
     def __init__(self, status: int, message: str, retry_after: Optional[float] = None,
@@ -251,12 +110,6 @@ class ProxyError(Exception):
         self.should_retry = should_retry
         self.transient = transient
         self.code = code
-
-    def under(self, path: str) -> "ProxyError":
-        """Complete the path of the message: `.id: wrong` under `messages[0]`."""
-        if self.message[:1] in (".", "[", ":"):
-            self.message = path + self.message
-        return self
 
     def headers(self) -> Dict[str, str]:
         out = {}
@@ -274,7 +127,7 @@ class ProxyError(Exception):
 
 
 def invalid(message: str) -> ProxyError:
-    """Return the error for a client's mistake; `message` is `.path: what is wrong`."""
+    """Return the error for a client's mistake; `message` is `path: what is wrong`."""
     return ProxyError(400, message)
 
 
@@ -316,9 +169,9 @@ def google_error(raw: Any) -> Json:
 
 
 def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] = (),
-                   house: str = "Gemini", setting: str = "GEMINI_API_KEY") -> ProxyError:
+                   name: str = "Gemini", setting: str = "GEMINI_API_KEY") -> ProxyError:
     """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError, without
-    the keys that upstream may quote. `house` is whose error it is, `setting` has its key.
+    the keys that upstream may quote. `name` is the upstream's, `setting` has its key.
 
     Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recorded
     bodies.
@@ -333,26 +186,26 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
         message = message.replace(key, "[key]") if len(key) > 7 else message
     message = SECRETS.sub("[key]", message)[:400]
     details = _dicts(error.get("details"))
-    if status == 403 and house == "OpenRouter":  # a moderation, or a limit of the key
-        return ProxyError(400, "%s refused this request: %s" % (house, message), should_retry=False)
+    if status == 403 and name == "OpenRouter":  # a moderation, or a limit of the key
+        return ProxyError(400, "%s refused this request: %s" % (name, message), should_retry=False)
     if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
         return ProxyError(403, "The upstream refused the key: %s (see %s in the README)"
                           % (message, setting), should_retry=False)
     if status == 402:
-        return ProxyError(402, "%s wants to be paid: %s" % (house, message), should_retry=False)
+        return ProxyError(402, "%s requires payment: %s" % (name, message), should_retry=False)
     if status == 404:
-        reason = "" if house == "Gemini" else " (%s)" % message
+        reason = "" if name == "Gemini" else " (%s)" % message
         return ProxyError(404, "model: %s%s" % (model, reason) if model else message)
     if status == 429:
-        return _quota_error(message, details, house, str(error.get("code")))
+        return _quota_error(message, details, name, str(error.get("code")))
     if status in (502, 503, 529):
-        return ProxyError(529, "%s is overloaded: %s" % (house, message), transient=True)
+        return ProxyError(529, "%s is overloaded: %s" % (name, message), transient=True)
     if status in (408, 499, 504):
-        return ProxyError(504, "%s did not answer in time: %s" % (house, message), transient=True)
+        return ProxyError(504, "%s did not answer in time: %s" % (name, message), transient=True)
     overflow = _OVERFLOW.search(message)
     if status >= 500 and status != 501 and not overflow:
-        return ProxyError(500, "%s answered %d: %s" % (house, status, message), transient=True)
-    return _refusal(status, message, str(details), overflow, house)
+        return ProxyError(500, "%s answered %d: %s" % (name, status, message), transient=True)
+    return _refusal(status, message, str(details), overflow, name)
 
 
 def _dicts(value: Any) -> List[Json]:
@@ -360,7 +213,7 @@ def _dicts(value: Any) -> List[Json]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _refusal(status: int, message: str, details: str, overflow: Any, house: str) -> ProxyError:
+def _refusal(status: int, message: str, details: str, overflow: Any, name: str) -> ProxyError:
     """A 400 in the wording that Anthropic's clients act on: they compact, or drop the medium."""
     limit, tokens = overflow_numbers(overflow) if overflow else (0, 0)
     if tokens > limit:  # else it is the answer's limit that does not fit
@@ -370,7 +223,7 @@ def _refusal(status: int, message: str, details: str, overflow: Any, house: str)
     if _BAD_PDF.search(message):
         return ProxyError(400, "could not process pdf: %s" % message)
     return ProxyError(status if status in ERROR_TYPES else 400,
-                      "%s answered %d: %s" % (house, status, message))
+                      "%s answered %d: %s" % (name, status, message))
 
 
 def overflow_numbers(overflow: Any) -> Tuple[int, int]:
@@ -380,7 +233,7 @@ def overflow_numbers(overflow: Any) -> Tuple[int, int]:
     return found["limit"], found.get("tokens", found["limit"] + 1)
 
 
-def _quota_error(message: str, details: Sequence[Json], house: str, code: str) -> ProxyError:
+def _quota_error(message: str, details: Sequence[Json], name: str, code: str) -> ProxyError:
     """A 429: short waits become retry-after; with a daily quota or a limit of 0 waiting is no use.
 
     RetryInfo is misleading on daily quotas (hours, and still blocked after), so it is not passed
@@ -399,7 +252,7 @@ def _quota_error(message: str, details: Sequence[Json], house: str, code: str) -
             or re.search("per.day", message)):
         return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
                           should_retry=False)
-    return ProxyError(429, "%s's rate limit: %s" % (house, message),
+    return ProxyError(429, "%s's rate limit: %s" % (name, message),
                       retry_after=_retry_delay(message, details) or 10)
 
 
@@ -418,7 +271,7 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
 
 
 @contextlib.contextmanager
-def _known_form() -> Iterator[None]:
+def malformed_chunks() -> Iterator[None]:
     """Chunks are taken as documented; what breaks on one that is not becomes one clear error."""
     try:
         yield
@@ -426,252 +279,211 @@ def _known_form() -> Iterator[None]:
         raise ProxyError(500, "The upstream's answer has an unknown form: %s" % exc) from exc
 
 
-# ---- 3. Settings (pure) ---------------------------------------------------------------------
+# ---- 2. Settings (pure) ---------------------------------------------------------------------
 
+GEMINI_BASE = "https://generativelanguage.googleapis.com/v1beta"
+OPENROUTER_BASE, OPENAI_BASE = "https://openrouter.ai/api/v1", "https://api.openai.com/v1"
+ANTHROPIC_BASE = "https://api.anthropic.com"
 _GEMINI_KEY = re.compile(r"AIza[\w-]{35}|AQ\.[\w.-]{20,}")
 _CLAUDE_NAME = re.compile(r"(?i)claude|opus|sonnet|haiku|fable|mythos|^(default|best|inherit)$")
 
 
-def _text(value: str) -> str:
-    return value.strip()
+# A parser turns the text of a setting into its value; ValueError says what the text must be.
+
+def matching(pattern: str, must: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
+    """A parser for texts of one form."""
+    def parse(value: str) -> Any:
+        if not re.fullmatch(pattern, value):
+            raise ValueError("must " + must)
+        return convert(value)
+    return parse
 
 
-def _secret(value: str) -> str:
-    """Keys go into headers: anything but printable ASCII in them is a slip of copy and paste."""
-    if not re.match(r"[!-~]+(\s*,\s*[!-~]+)*,?$", value.strip()):
-        raise ValueError("must be printable ASCII without white space")
-    return value.strip()
+def one_of(*allowed: str) -> Callable[[str], str]:
+    return matching("(?i)" + "|".join(allowed), "be " + " or ".join(allowed), str.lower)
 
 
-def _base_url(value: str) -> str:
-    if not re.match(r"https?://[^/?#@\s]+(/[^?#@\s]*)?$", value):
-        raise ValueError("must look like https://host/v1beta, with http or https and a version")
-    return value.rstrip("/")
+def whole(least: int, most: int = 10 ** 12) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,13}", value) or not least <= int(value) <= most:
+            raise ValueError("must be a whole number from %d to %d" % (least, most))
+        return int(value)
+    return parse
 
 
-def _bool(value: str) -> bool:
-    if value.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise ValueError("must be true or false")
-    return value.lower() in ("1", "true", "yes", "on")
+parse_secret = matching(r"\s*[!-~]+(\s*,\s*[!-~]+)*,?\s*",  # it goes into headers
+                        "be printable ASCII without white space", str.strip)
+parse_url = matching(r"https?://[^/?#@\s]+(/[^?#@\s]*)?",
+                     "look like https://host/v1beta, with http or https and a version",
+                     lambda url: url.rstrip("/"))
+parse_bool = matching("(?i)1|true|yes|on|0|false|no|off", "be true or false",
+                      lambda value: value.lower() in ("1", "true", "yes", "on"))
+parse_seconds = matching(r"(?=.*[1-9])[0-9]{1,7}(\.[0-9]{1,6})?",
+                         "be a number of seconds above 0", float)
+parse_usd = matching(r"[0-9]{1,7}(\.[0-9]{1,6})?", "be an amount in USD, like 5 or 0.5", float)
 
 
-def _seconds(value: str) -> float:
-    if not re.match(r"\d{1,7}(\.\d{1,6})?$", value) or float(value) <= 0:
-        raise ValueError("must be a number of seconds above 0")
-    return float(value)
-
-
-def _whole(value: str, least: int, most: int) -> int:
-    if not re.match(r"\d{1,13}$", value) or not least <= int(value) <= most:
-        raise ValueError("must be a whole number from %d to %d" % (least, most))
-    return int(value)
-
-
-def _count(value: str) -> int:
-    return _whole(value, 0, 10 ** 12)
-
-
-def _positive(value: str) -> int:
-    return _whole(value, 1, 10 ** 12)
-
-
-def _port(value: str) -> int:
-    return _whole(value, 0, 65535)
-
-
-def _host_port(value: str) -> Tuple[str, str]:
-    found = re.match(r"(?:(\[[0-9A-Fa-f:]+\]|[^:\s]*):)?(\d{1,5})$", value)
-    if not found:
-        raise ValueError("must look like 127.0.0.1:8318 or [::1]:8318")
-    return (found.group(1) or "").strip("[]"), found.group(2)
-
-
-def _one_of(value: str, *allowed: str) -> str:
-    if value.lower() not in allowed:
-        raise ValueError("must be %s" % " or ".join(allowed))
-    return value.lower()
-
-
-def _names(value: str) -> Tuple[str, ...]:
+def parse_names(value: str) -> Tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
-def _model_map(value: str) -> Tuple[Tuple[str, str], ...]:
-    """`a=b,c*=d` or a JSON object -> ((pattern, model), ...)."""
+def parse_pairs(value: str) -> List[Tuple[str, Any]]:
+    """`a=b,c=d` or a JSON object -> [(name, value), ...]"""
     if value.lstrip().startswith("{"):
-        pairs = json.loads(value)
-        if not all(isinstance(target, str) for target in pairs.values()):
-            raise ValueError("must map names to names")
-        return tuple(pairs.items())
-    pairs = [tuple(part.strip() for part in item.split("=")) for item in _names(value)]
-    if not all(len(pair) == 2 and all(pair) for pair in pairs):
+        return list(json.loads(value).items())
+    return [(name.strip(), target.strip())
+            for name, _, target in (item.partition("=") for item in parse_names(value))]
+
+
+def parse_model_map(value: str) -> Tuple[Tuple[str, str], ...]:
+    """-> ((pattern, model), ...)"""
+    pairs = parse_pairs(value)
+    if not all(name and target and isinstance(target, str) and "=" not in target
+               for name, target in pairs):
         raise ValueError('must be name=model,... or {"name": "model", ...}')
     return tuple(pairs)
 
 
-def _usd(value: str) -> float:
-    if not re.match(r"\d{1,7}(\.\d{1,6})?$", value):
-        raise ValueError("must be an amount in USD, like 5 or 0.5")
-    return float(value)
+def parse_prices(value: str) -> Tuple[Tuple, ...]:
+    """`model=input/output/cached,...` or JSON {"model": [input, output, cached]} -> PRICES' rows"""
+    rows = []
+    for name, numbers in parse_pairs(value):
+        try:
+            numbers = numbers.split("/") if isinstance(numbers, str) else numbers
+            numbers = [float(number) for number in numbers]
+        except (OverflowError, TypeError, ValueError):
+            numbers = []
+        if not name or len(numbers) not in (2, 3) or not all(0 <= n < 1e6 for n in numbers):
+            raise ValueError('must be model=input/output/cached,... or {"model": [input, output, '
+                             'cached]}, in USD per million tokens')
+        rows.append((name, "", 0, numbers[0], numbers[1], (numbers + numbers[:1])[2]))
+    return tuple(rows)
 
 
-def _prices(value: str) -> Tuple[Tuple, ...]:
-    """`model=input/output/cached,...` or JSON {"model": [input, output, cached]}."""
-    if value.lstrip().startswith("{"):
-        rows = [(name, numbers if isinstance(numbers, list) else [])
-                for name, numbers in json.loads(value).items()]
-    else:
-        rows = [(name, numbers.split("/"))
-                for name, _, numbers in (item.partition("=") for item in _names(value))]
-    try:
-        prices = [(name.strip(), [float(number) for number in numbers]) for name, numbers in rows]
-    except (OverflowError, TypeError, ValueError):
-        prices = [("", [])]
-    if not all(name and len(numbers) in (2, 3) and all(0 <= number < 1e6 for number in numbers)
-               for name, numbers in prices):
-        raise ValueError('must be model=input/output/cached,... or {"model": [input, output, '
-                         'cached]}, in USD per million tokens')
-    return tuple((name, "", 0, numbers[0], numbers[1], numbers[2 if len(numbers) > 2 else 0])
-                 for name, numbers in prices)
+# Readers of the names that other programs use for a setting: -> the text for the setting's own
+# parser, "" if the variable means something else.
+
+def host_port(value: str) -> List[str]:
+    found = re.fullmatch(r"(?:(\[[0-9A-Fa-f:]+\]|[^:\s]*):)?(\d{1,5})", value)
+    if not found:
+        raise ValueError("must look like 127.0.0.1:8318 or [::1]:8318")
+    return [(found.group(1) or "").strip("[]"), found.group(2)]
 
 
-def _key_list(value: str) -> str:
+def json_keys(value: str) -> str:
     keys = json.loads(value)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise ValueError('must be a list: ["key1", "key2"]')
     return ",".join(keys)
 
 
-def _gemini_key_only(value: str) -> str:
-    return value if all(_GEMINI_KEY.fullmatch(key) for key in _names(value)) else ""
+def gemini_keys_only(value: str) -> str:
+    return value if all(_GEMINI_KEY.fullmatch(key) for key in parse_names(value)) else ""
 
 
-def _not_claude(value: str) -> str:
+def unless_claude(value: str) -> str:
     """Claude's own names in these variables are the client's business, not a mapping."""
     return "" if _CLAUDE_NAME.search(value) else value
 
 
-def _replay_if_true(value: str) -> str:
-    return "replay" if _bool(value) else ""
+def replay_if_true(value: str) -> str:
+    return "replay" if parse_bool(value) else ""
 
 
-GEMINI_BASE = "https://generativelanguage.googleapis.com/v1beta"
-OPENROUTER_BASE, OPENAI_BASE = "https://openrouter.ai/api/v1", "https://api.openai.com/v1"
-ANTHROPIC_BASE = "https://api.anthropic.com"
+def setting(default: Any, help: str, parse: Callable[[str], Any] = str.strip, env: str = "",
+            also: Optional[Mapping[str, Callable[[str], str]]] = None, secret: bool = False,
+            dotenv: bool = True) -> Any:
+    """A field of Config. `env` is its environment name, if not the field's own in capitals; `also`
+    are further ones with their readers; without `dotenv` it is not taken from .env."""
+    return field(default=default, repr=not secret, metadata=dict(
+        help=help, parse=parse, env=env, also=also or {}, secret=secret, dotenv=dotenv))
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting, one row each: the default, its environment names, what it does.
+    """Every setting. --help, .env, the page and the README's table are made from these rows."""
 
-    The first environment name is the field's in capitals, or `env`; `also` are further ones with
-    the function that turns their value into the field's ("" means: not set). `parse` raises
-    ValueError with what the value must be. --help, .env, `/` and the README's table read this.
-    """
-
-    gemini_api_key: str = field(default="", repr=False, metadata=dict(
-        parse=_secret, secret=True, also=(("GOOGLE_API_KEY", _text), ("API_KEYS", _key_list),
-                                        ("ANTHROPIC_AUTH_TOKEN", _gemini_key_only)),
-        help="Gemini key, or several separated by commas"))
-    gemini_api_base: str = field(default=GEMINI_BASE, metadata=dict(
-        parse=_base_url,
-        also=(("GOOGLE_GEMINI_BASE_URL", lambda root: root.rstrip("/") + "/v1beta"),
-              ("GEMINI_ENDPOINT",
-               lambda host: "https://%s/v1beta" % host.split("//")[-1].strip("/"))),
-        help="where Gemini is, with the version"))
-    gemini_auth_type: str = field(default="api-key", metadata=dict(
-        parse=lambda value: _one_of(value, "api-key", "bearer"),
-        help="api-key (x-goog-api-key) or bearer (Authorization)"))
-    gemini_token_command: str = field(default="", repr=False, metadata=dict(
-        parse=_text, secret=True, dotenv=False,
-        help="command that prints a bearer token; run without a shell, again after a 401"))
-    upstream: str = field(default="", metadata=dict(
-        parse=lambda value: _one_of(value, "gemini", "openai", "openrouter", "anthropic"),
-        help="gemini, openai, openrouter or anthropic, for names that say nothing else (empty: the "
-             "first of them that has a key)"))
-    openrouter_api_key: str = field(default="", repr=False, metadata=dict(
-        parse=_secret, secret=True, help="OpenRouter key, or several separated by commas"))
-    openai_api_key: str = field(default="", repr=False, metadata=dict(
-        parse=_secret, secret=True, help="key of the OpenAI-compatible server, or several"))
-    openai_api_base: str = field(default="", metadata=dict(
-        parse=_base_url, help="an OpenAI-compatible server, with its version (empty: OpenRouter's "
-                              "with an OpenRouter key alone, else https://api.openai.com/v1)"))
-    anthropic_api_key: str = field(default="", repr=False, metadata=dict(
-        parse=_secret, secret=True, help="Anthropic's own, for anthropic/ models as they are"))
-    host: str = field(default="127.0.0.1", metadata=dict(
-        parse=_text,
-        also=(("PROXY_LISTEN_ADDR", lambda address: _host_port(address)[0]),),
-        help="address to listen on; beyond loopback only with PROXY_AUTH_TOKEN"))
-    port: int = field(default=8318, metadata=dict(
-        parse=_port, also=(("PROXY_LISTEN_ADDR", lambda address: _host_port(address)[1]),),
-        help="port to listen on; 0 takes a free one"))
-    proxy_auth_token: str = field(default="", repr=False, metadata=dict(
-        parse=_secret, secret=True, help="token that clients must send, as x-api-key or Bearer"))
-    client_keys: bool = field(default=False, metadata=dict(
-        parse=_bool, help="true: each client's token is its own Gemini key"))
-    default_gemini_model: str = field(default="gemini-3.8-flash", metadata=dict(
-        parse=_text, help="model for every name that nothing else maps"))
-    big_model: str = field(default="", metadata=dict(
-        parse=_text, help="model for opus, sonnet and newer tiers (empty: DEFAULT_GEMINI_MODEL)"))
-    opus_model: str = field(default="", metadata=dict(
-        parse=_not_claude, env="ANTHROPIC_DEFAULT_OPUS_MODEL", help="model for opus alone"))
-    sonnet_model: str = field(default="", metadata=dict(
-        parse=_not_claude, env="ANTHROPIC_DEFAULT_SONNET_MODEL", help="model for sonnet alone"))
-    small_model: str = field(default="gemini-3.5-flash-lite", metadata=dict(
-        parse=_text, also=(("ANTHROPIC_DEFAULT_HAIKU_MODEL", _not_claude),),
-        help="model for haiku"))
-    anthropic_model: str = field(default="", metadata=dict(
-        parse=_not_claude, help="model for everything, whatever the client asks for"))
-    model_map: Tuple[Tuple[str, str], ...] = field(default=(), metadata=dict(
-        parse=_model_map, help='name=model,... or JSON; * is a wildcard; before the tiers'))
-    fallback_models: Tuple[str, ...] = field(default=(), metadata=dict(
-        parse=_names, help="models tried in order on quota, overload and not-found"))
-    long_context_model: str = field(default="", metadata=dict(
-        parse=_text, help="model for tiers and unknown names above LONG_CONTEXT_TOKENS"))
-    long_context_tokens: int = field(default=200000, metadata=dict(
-        parse=_positive, help="estimated input tokens from which on a request is long"))
-    prices: Tuple[Tuple, ...] = field(default=(), metadata=dict(
-        parse=_prices, help="model=input/output/cached,... or JSON, in USD per million tokens; "
-                            "before the built-in prices"))
-    budget_usd: float = field(default=0.0, metadata=dict(
-        parse=_usd, help="what may be spent before requests are refused (0: no limit)"))
-    stream_mode: str = field(default="live", metadata=dict(
-        parse=lambda value: _one_of(value, "live", "replay"), also=(
-            ("FORCE_DISABLE_STREAMING", _replay_if_true),
-            ("EMERGENCY_DISABLE_STREAMING", _replay_if_true)),
-        help="live, or replay: whole answers sent as a stream"))
-    ping_interval: float = field(default=15.0, metadata=dict(
-        parse=_seconds, help="seconds of quiet after which a stream gets a ping"))
-    request_timeout: float = field(default=300.0, metadata=dict(
-        parse=_seconds, help="seconds of upstream silence before giving up"))
-    max_retries: int = field(default=2, metadata=dict(
-        parse=_count, also=(("MAX_STREAMING_RETRIES", _text),),
-        help="times that a failed or empty answer is asked for again"))
-    max_tokens_default: int = field(default=32768, metadata=dict(
-        parse=_positive, help="max_tokens when the client sends none"))
-    max_tokens_limit: int = field(default=60000, metadata=dict(
-        parse=_positive, help="larger max_tokens are capped to this"))
-    signature_cache_size: int = field(default=100000, metadata=dict(
-        parse=_positive, help="thought signatures kept in memory"))
-    signature_cache_ttl: float = field(default=3600.0, metadata=dict(
-        parse=_seconds, help="seconds one is kept after its last use"))
-    signature_cache_bytes: int = field(default=64 << 20, metadata=dict(
-        parse=_positive, help="bytes that all of them may take"))
-    max_body_bytes: int = field(default=32 << 20, metadata=dict(
-        parse=_positive, help="largest request body"))
-    max_connections: int = field(default=512, metadata=dict(
-        parse=_positive, help="connections served at once; one more gets a 529"))
-    log_level: str = field(default="info", metadata=dict(
-        parse=lambda value: _one_of(value, "debug", "info", "warning", "error"),
-        help="debug, info, warning or error"))
-    log_format: str = field(default="text", metadata=dict(
-        parse=lambda value: _one_of(value, "text", "json"),
-        help="text, or json: one object a line"))
-    log_file: str = field(default="", metadata=dict(
-        parse=_text, dotenv=False,
-        help="file for the log instead of stderr; with run, nowhere if empty"))
-    debug: bool = field(default=False, metadata=dict(
-        parse=_bool, help="true: log both bodies, cut and without keys"))
+    gemini_api_key: str = setting(
+        "", "Gemini key, or several separated by commas", parse_secret, secret=True, also={
+            "GOOGLE_API_KEY": str, "API_KEYS": json_keys, "ANTHROPIC_AUTH_TOKEN": gemini_keys_only})
+    gemini_api_base: str = setting(
+        GEMINI_BASE, "where Gemini is, with the version", parse_url, also={
+            "GOOGLE_GEMINI_BASE_URL": lambda root: root.rstrip("/") + "/v1beta",
+            "GEMINI_ENDPOINT": lambda host: "https://%s/v1beta" % host.split("//")[-1].strip("/")})
+    gemini_auth_type: str = setting("api-key", "api-key (x-goog-api-key) or bearer (Authorization)",
+                                    one_of("api-key", "bearer"))
+    gemini_token_command: str = setting(
+        "", "command that prints a bearer token; run without a shell, again after a 401",
+        secret=True, dotenv=False)
+    upstream: str = setting(
+        "", "gemini, openai, openrouter or anthropic, for names that say nothing else (empty: the "
+            "first of them that has a key)", one_of("gemini", "openai", "openrouter", "anthropic"))
+    openrouter_api_key: str = setting(
+        "", "OpenRouter key, or several separated by commas", parse_secret, secret=True)
+    openai_api_key: str = setting(
+        "", "key of the OpenAI-compatible server, or several", parse_secret, secret=True)
+    openai_api_base: str = setting(
+        "", "an OpenAI-compatible server, with its version (empty: OpenRouter's with an OpenRouter "
+            "key alone, else https://api.openai.com/v1)", parse_url)
+    anthropic_api_key: str = setting(
+        "", "Anthropic's own, for anthropic/ models as they are", parse_secret, secret=True)
+    host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with "
+                        "PROXY_AUTH_TOKEN", also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[0]})
+    port: int = setting(8318, "port to listen on; 0 takes a free one", whole(0, 65535),
+                        also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[1]})
+    proxy_auth_token: str = setting(
+        "", "token that clients must send, as x-api-key or Bearer", parse_secret, secret=True)
+    client_keys: bool = setting(
+        False, "true: each client's token is its own Gemini key", parse_bool)
+    default_gemini_model: str = setting(
+        "gemini-3.8-flash", "model for every name that nothing else maps")
+    big_model: str = setting(
+        "", "model for opus, sonnet and newer tiers (empty: DEFAULT_GEMINI_MODEL)")
+    opus_model: str = setting(
+        "", "model for opus alone", unless_claude, env="ANTHROPIC_DEFAULT_OPUS_MODEL")
+    sonnet_model: str = setting(
+        "", "model for sonnet alone", unless_claude, env="ANTHROPIC_DEFAULT_SONNET_MODEL")
+    small_model: str = setting("gemini-3.5-flash-lite", "model for haiku",
+                               also={"ANTHROPIC_DEFAULT_HAIKU_MODEL": unless_claude})
+    anthropic_model: str = setting(
+        "", "model for everything, whatever the client asks for", unless_claude)
+    model_map: Tuple[Tuple[str, str], ...] = setting(
+        (), "name=model,... or JSON; * is a wildcard; before the tiers", parse_model_map)
+    fallback_models: Tuple[str, ...] = setting(
+        (), "models tried in order on quota, overload and not-found", parse_names)
+    long_context_model: str = setting(
+        "", "model for tiers and unknown names above LONG_CONTEXT_TOKENS")
+    long_context_tokens: int = setting(
+        200000, "estimated input tokens from which on a request is long", whole(1))
+    prices: Tuple[Tuple, ...] = setting(
+        (), "model=input/output/cached,... or JSON, in USD per million tokens; before the built-in "
+            "prices", parse_prices)
+    budget_usd: float = setting(
+        0.0, "what may be spent before requests are refused (0: no limit)", parse_usd)
+    stream_mode: str = setting(
+        "live", "live, or replay: whole answers sent as a stream", one_of("live", "replay"),
+        also=dict.fromkeys(("FORCE_DISABLE_STREAMING", "EMERGENCY_DISABLE_STREAMING"),
+                           replay_if_true))
+    ping_interval: float = setting(
+        15.0, "seconds of quiet after which a stream gets a ping", parse_seconds)
+    request_timeout: float = setting(
+        300.0, "seconds of upstream silence before giving up", parse_seconds)
+    max_retries: int = setting(2, "times that a failed or empty answer is asked for again",
+                               whole(0), also={"MAX_STREAMING_RETRIES": str})
+    max_tokens_default: int = setting(32768, "max_tokens when the client sends none", whole(1))
+    max_tokens_limit: int = setting(60000, "larger max_tokens are capped to this", whole(1))
+    signature_cache_size: int = setting(100000, "thought signatures kept in memory", whole(1))
+    signature_cache_ttl: float = setting(
+        3600.0, "seconds one is kept after its last use", parse_seconds)
+    signature_cache_bytes: int = setting(64 << 20, "bytes that all of them may take", whole(1))
+    max_body_bytes: int = setting(32 << 20, "largest request body", whole(1))
+    max_connections: int = setting(512, "connections served at once; one more gets a 529", whole(1))
+    log_level: str = setting("info", "debug, info, warning or error",
+                             one_of("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "text, or json: one object a line", one_of("text", "json"))
+    log_file: str = setting("", "file for the log instead of stderr; with run, nowhere if empty",
+                            dotenv=False)
+    debug: bool = setting(False, "true: log both bodies, cut and without keys", parse_bool)
 
     def __post_init__(self) -> None:
         for row in dataclasses.fields(self):  # a vendored copy may set what a shell would
@@ -688,32 +500,32 @@ class Config:
                              "or leave HOST at 127.0.0.1" % self.host)
         for name in self.fallback_models + (self.long_context_model, self.big_model):
             try:
-                full_name(name or "gemini", self)
+                qualified_name(name or "gemini", self)
             except ProxyError as error:  # no request could be answered
                 raise ValueError(error.message) from None
 
     @property
     def keys(self) -> Tuple[str, ...]:
-        return _names(self.gemini_api_key)
+        return parse_names(self.gemini_api_key)
 
     @functools.cached_property
     def configured(self) -> Tuple[str, ...]:
         """The upstreams that there is a key or an address for."""
-        return tuple(name for name, has in (
-            ("gemini", self.keys or self.gemini_token_command or self.client_keys),
-            ("openrouter", self.openrouter_api_key),
-            ("openai", self.openai_api_key or (self.openai_api_base
-                                               and not self.openrouter_api_key)),
-            ("anthropic", self.anthropic_api_key)) if has)
+        has = {"gemini": self.keys or self.gemini_token_command or self.client_keys,
+               "openrouter": self.openrouter_api_key,
+               "openai": self.openai_api_key or (self.openai_api_base
+                                                 and not self.openrouter_api_key),
+               "anthropic": self.anthropic_api_key}
+        return tuple(name for name in has if has[name])
 
     @functools.cached_property
     def upstreams(self) -> Tuple[str, ...]:
         """Those that are configured, the first one for names that say nothing else."""
-        found, wanted = self.configured, self.upstream
-        if wanted == "openai" and wanted not in found and "openrouter" in found:
-            wanted = "openrouter"
-        first = (wanted,) if wanted else found[:1] or ("gemini",)
-        return first + tuple(name for name in found if name not in first)
+        found, first = self.configured, self.upstream
+        if first == "openai" and first not in found and "openrouter" in found:
+            first = "openrouter"
+        first = first or (found + ("gemini",))[0]
+        return (first,) + tuple(name for name in found if name != first)
 
     def base(self, upstream: str) -> str:
         """The URL of an upstream, with its version."""
@@ -724,14 +536,32 @@ class Config:
             upstream, self.openai_api_base or OPENAI_BASE)
 
 
-def environment_names(row: dataclasses.Field) -> List[Tuple[str, Callable[[str], Any]]]:
+def environment_names(row: dataclasses.Field) -> List[Tuple[str, Callable[[str], str]]]:
     """The environment names of a setting, strongest first, each with its reader."""
-    first = row.metadata.get("env", row.name.upper())
-    return [(first, _text)] + list(row.metadata.get("also", ()))
+    return [(row.metadata["env"] or row.name.upper(), str), *row.metadata["also"].items()]
+
+
+def flag_of(row: dataclasses.Field) -> str:
+    return "--" + row.name.replace("_", "-")
+
+
+def shown_default(row: dataclasses.Field) -> str:
+    """A default as --help and the README print it."""
+    if isinstance(row.default, bool):
+        return str(row.default).lower()
+    return "%g" % row.default if isinstance(row.default, float) else str(row.default or "none")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """A flag for each setting that is no secret: every local user can see a command line."""
+    secrets_help, flags = "", []
+    for row in dataclasses.fields(Config):
+        names = ", ".join(name for name, _ in environment_names(row))
+        if row.metadata["secret"]:
+            secrets_help += "  %s: %s\n" % (names, row.metadata["help"])
+        else:
+            flags.append((row, "%s [%s; default %s]" % (row.metadata["help"], names,
+                                                        shown_default(row))))
     parser = argparse.ArgumentParser(
         prog="claude_gemini_proxy.py", allow_abbrev=False,
         usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [sh|fish|powershell] | check | "
@@ -739,54 +569,47 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run Claude Code and other Anthropic clients on Google Gemini.",
         epilog="Precedence: flag > environment > .env in the working directory > default.\n"
-               "From the environment or .env only:\n" + "".join(
-                   "  %s: %s\n"
-                   % (", ".join(name for name, _ in environment_names(row)), row.metadata["help"])
-                   for row in dataclasses.fields(Config) if row.metadata.get("secret")))
+               "From the environment or .env only:\n" + secrets_help)
     parser.add_argument("--demo", action="store_true",
                         help="answer from a built-in model: no key, no network")
     parser.add_argument("--version", action="version", version="claude_gemini_proxy " + __version__)
-    for row in dataclasses.fields(Config):
-        if not row.metadata.get("secret"):
-            names = ", ".join(name for name, _ in environment_names(row))
-            optional = {"nargs": "?", "const": "true"} if isinstance(row.default, bool) else {}
-            parser.add_argument("--" + row.name.replace("_", "-"), metavar="X", **optional,
-                                help="%s [%s; default %s]" % (
-                row.metadata["help"].replace("%", "%%"), names, shown_default(row)))
+    for row, text in flags:
+        optional = {"nargs": "?", "const": "true"} if isinstance(row.default, bool) else {}
+        parser.add_argument(flag_of(row), metavar="X", help=text.replace("%", "%%"), **optional)
     return parser
 
 
 COMMANDS = ("serve", "run", "env", "check", "statusline")
-SHELLS = ("sh", "fish", "powershell")
+SHELLS = {
+    "sh": ("export %s=%s", "unset %s", shlex.quote),
+    "fish": ("set -gx %s %s", "set -e %s", shlex.quote),
+    "powershell": ("$env:%s = %s", "Remove-Item Env:%s",
+                   lambda text: "'%s'" % text.replace("'", "''")),
+}
 
 
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's."""
     position = next((i for i, word in enumerate(argv) if word in COMMANDS), len(argv))
+    before, command, after = list(argv[:position]), "serve", list(argv[position + 1:])
     command = argv[position] if position < len(argv) else "serve"
-    rest = list(argv[position + 1:])
-    own = list(argv[:position]) + ([] if command == "run" else rest)
-    shell = [word for word in rest if word in SHELLS][:1] if command == "env" else []
     parser = build_parser()
-    flags, unknown = parser.parse_known_args([word for word in own if word not in shell])
-    if command == "env" and unknown and not unknown[0].startswith("-"):
-        parser.error("env takes sh, fish or powershell")
-    if command == "run" and rest[:1] != ["--"] and rest and rest[0].startswith("-"):
-        parser.error("flags of the proxy stand before run, the client behind it")
+    if command == "run":
+        flags, unknown = parser.parse_known_args(before)
+        if after[:1] == ["--"]:
+            after = after[1:]
+        elif after and after[0].startswith("-"):
+            parser.error("flags of the proxy stand before run, the client behind it")
+    else:
+        flags, unknown = parser.parse_known_args(before + after)
+        after = [word for word in unknown if command == "env" and word in SHELLS]
+        unknown = [word for word in unknown if word not in after]
+        if command == "env" and unknown and not unknown[0].startswith("-"):
+            parser.error("env takes sh, fish or powershell")
     if unknown:  # not shown whole: it may be a key
         parser.error("not understood: %s (keys are not taken here, see below --help)" % (
             unknown[0].partition("=")[0] if unknown[0].startswith("-") else "an argument"))
-    client = rest[1:] if rest[:1] == ["--"] else rest
-    return command, vars(flags), client if command == "run" else shell
-
-
-def shown_default(row: dataclasses.Field) -> str:
-    """A default as --help and the README print it."""
-    if isinstance(row.default, float):
-        return "%g" % row.default
-    if isinstance(row.default, bool):
-        return str(row.default).lower()
-    return str(row.default) if row.default not in ("", ()) else "none"
+    return command, vars(flags), after
 
 
 def parse_dotenv(text: str) -> Dict[str, str]:
@@ -794,12 +617,11 @@ def parse_dotenv(text: str) -> Dict[str, str]:
     out = {}
     for line in text.splitlines():
         found = re.match(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=\s*(.*)$", line)
-        if not found:
-            continue
-        value = found.group(2).strip()
-        quoted = re.match(r"""(["'])(.*?)\1\s*(#.*)?$""", value)
-        plain = re.sub(r"(^|\s)#.*$", "", value).strip()
-        out[found.group(1)] = quoted.group(2) if quoted else plain
+        if found:
+            value = found.group(2).strip()
+            quoted = re.match(r"""(["'])(.*?)\1\s*(#.*)?$""", value)
+            plain = re.sub(r"(^|\s)#.*$", "", value).strip()
+            out[found.group(1)] = quoted.group(2) if quoted else plain
     return out
 
 
@@ -807,43 +629,88 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
                 dotenv: Mapping[str, str] = MappingProxyType({})) -> Config:
     """Settings from flags (by field name), the environment, .env, then the defaults.
 
-    A .env may come with somebody else's repository: it names no command to run and no file to
-    write, and no place to send a key to that is not from the same .env. Raises ValueError with one
-    line that names the setting and what it must be.
+    Raises ValueError with one line that names the setting and what it must be.
     """
+    check_dotenv(environ, dotenv)
     values = {}
-    names = {row.name: environment_names(row) for row in dataclasses.fields(Config)}
-    keys = ("gemini_api_key", "gemini_token_command", "client_keys", "openai_api_key",
-            "openrouter_api_key")
-    elsewhere = [name for key in keys for name, read in names[key] if environ.get(name)
-                 and (read is not _gemini_key_only or read(environ[name]))]
-    for base in ("gemini_api_base", "openai_api_base"):
-        if elsewhere and any(dotenv.get(name) for name, _ in names[base]):
-            raise ValueError("%s is in .env, but %s is not: put both in one place"
-                             % (base.upper(), elsewhere[0]))
     for row in dataclasses.fields(Config):
-        sources = [("--" + row.name.replace("_", "-"), flags.get(row.name), _text)]
-        name = row.name.upper()
-        if name in dotenv and not row.metadata.get("dotenv", True):
-            raise ValueError("%s is not taken from .env: set it in the environment" % name)
-        for place, environment in (("", environ), (" (in .env)", dotenv)):
-            sources += [(name + place, environment.get(name), read)
-                        for name, read in names[row.name]]
+        sources = [(flag_of(row), flags.get(row.name), str)]
+        for place, mapping in (("", environ), (" (in .env)", dotenv)):
+            sources += [(name + place, mapping.get(name), read)
+                        for name, read in environment_names(row)]
         for name, value, read in sources:
             try:
-                text = read(value) if value else ""
+                text = read(value).strip() if value else ""
                 if text:
                     values[row.name] = row.metadata["parse"](text)
                     break
             except ValueError as exc:
-                shown = "" if row.metadata.get("secret") else ", not %r" % value
                 reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
+                shown = "" if row.metadata["secret"] else ", not %r" % value
                 raise ValueError("%s %s%s" % (name, reason, shown)) from None
     return Config(**values)
 
 
+def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
+    """A .env may come with somebody else's repository: it names no command to run and no file to
+    write, and no place to send a key to that is not from the same .env."""
+    rows = {row.name: row for row in dataclasses.fields(Config)}
+    for name, row in rows.items():
+        if name.upper() in dotenv and not row.metadata["dotenv"]:
+            raise ValueError("%s is not taken from .env: set it in the environment" % name.upper())
+    keys = [name for key in ("gemini_api_key", "gemini_token_command", "client_keys",
+                             "openai_api_key", "openrouter_api_key")
+            for name, read in environment_names(rows[key]) if environ.get(name)
+            and (read is not gemini_keys_only or read(environ[name]))]
+    for base in ("gemini_api_base", "openai_api_base"):
+        if keys and any(dotenv.get(name) for name, _ in environment_names(rows[base])):
+            raise ValueError("%s is in .env, but %s is not: put both in one place"
+                             % (base.upper(), keys[0]))
+
+
 def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or re.match(r"127\.\d+\.\d+\.\d+$", host) is not None
+
+
+# ---- 3. Models and prices (pure) ------------------------------------------------------------
+
+class ModelRule(NamedTuple):
+    """What a family of Gemini models takes: thinking by `levels` (3 on) or by `budget` (2.5)."""
+
+    prefixes: Tuple[str, ...]
+    generation: int
+    levels: Tuple[str, ...]
+    budget: Tuple[int, int]      # fewest and most thinking tokens
+    can_stop_thinking: bool
+
+
+# https://ai.google.dev/gemini-api/docs/thinking (read 2026-11-20). The first prefix that fits wins;
+# no model from 3 on can be told not to think, MINIMAL is as near as it gets.
+MODEL_RULES = (
+    ModelRule(("gemini-2.5-pro",), 2, (), (128, 32768), False),
+    ModelRule(("gemini-2.5-flash-lite",), 2, (), (512, 24576), True),
+    ModelRule(("gemini-2.5",), 2, (), (1, 24576), True),
+    ModelRule(("gemini-2", "gemini-1", "gemma"), 2, (), (0, 0), True),
+    ModelRule(("gemini-3-flash", "gemini-3.1-flash-lite", "gemini-3.5-flash", "gemini-3.6-flash",
+               "gemini-flash-lite-latest"), 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
+    ModelRule(("",), 3, ("LOW", "MEDIUM", "HIGH"), (0, 0), False),
+)
+
+
+INPUT_LIMIT, OUTPUT_LIMIT = 1048576, 65536
+LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-20)
+    ("gemini-3.8-flash", "Gemini 3.8 Flash", "2026-09-02"),
+    ("gemini-4-argon", "Gemini 4 Argon", "2026-10-13"),
+    ("gemini-3.6-flash", "Gemini 3.6 Flash", "2026-07-21"),
+    ("gemini-3.5-flash-lite", "Gemini 3.5 Flash-Lite", "2026-07-21"),
+    ("gemini-3.1-pro-preview", "Gemini 3.1 Pro Preview", "2026-02-19"),
+    ("gemini-2.5-pro", "Gemini 2.5 Pro", "2025-06-17"),
+)
+
+
+def model_rule(model: str) -> ModelRule:
+    """Return the rule of a model's family; unknown models count as newest."""
+    return next(rule for rule in MODEL_RULES if model.startswith(rule.prefixes))
 
 
 _MILLION_MARK = re.compile(r"(?i)(\s*\[1m\])+$")
@@ -851,9 +718,9 @@ _OWN_NAME = re.compile(
     r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma)-.+|tunedModels/.+)$")
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 _VENDOR_NAME = re.compile(r"(?:claude-)?((~?[A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w./@:-]*))$")
-NEEDED_KEYS = MappingProxyType({
+NEEDED_KEYS = {
     "openrouter": "OPENROUTER_API_KEY", "openai": "OPENAI_API_BASE or OPENAI_API_KEY",
-    "anthropic": "ANTHROPIC_API_KEY or OPENROUTER_API_KEY"})
+    "anthropic": "ANTHROPIC_API_KEY or OPENROUTER_API_KEY"}
 # https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
 OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"
 
@@ -865,10 +732,10 @@ def resolve_model(requested: str, config: Config) -> str:
     names that could leave the URL's path, and for upstreams that are not configured.
     """
     name = _MILLION_MARK.sub("", requested.strip())
-    return full_name(asked_for(name, config) or tier_model(name, config), config)
+    return qualified_name(explicit_target(name, config) or tier_model(name, config), config)
 
 
-def asked_for(requested: str, config: Config) -> str:
+def explicit_target(requested: str, config: Config) -> str:
     """The target that a name itself, ANTHROPIC_MODEL or MODEL_MAP names; "" for all others."""
     name = _MILLION_MARK.sub("", requested.strip())
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
@@ -900,7 +767,7 @@ def tier_model(name: str, config: Config) -> str:
     return next((model for word, model in tiers if word in tier), big)
 
 
-def full_name(target: str, config: Config) -> str:
+def qualified_name(target: str, config: Config) -> str:
     """A target as upstream/model, Gemini's without its upstream: models/gemini-x -> gemini-x."""
     name = _MILLION_MARK.sub("", target)
     if len(name) > 200:
@@ -931,6 +798,33 @@ def split_name(target: str) -> Tuple[str, str]:
     if upstream in ("openrouter", "openai", "anthropic"):
         return upstream, model
     return "gemini", target
+
+
+class Price(NamedTuple):
+    """USD per million tokens of the models that `pattern` fits."""
+
+    pattern: str
+    until: str       # last day, "" for ever
+    least: int       # prompt tokens from which on it holds
+    input: float
+    output: float    # thoughts included
+    cached: float
+
+
+# https://ai.google.dev/gemini-api/docs/pricing (as of 2026-11-10); the first row that fits wins.
+# Cached input costs a tenth, on Argon a twentieth. Searches and storage are not in here.
+PRICES = (
+    ("gemini-4-argon", "2026-11-30", 0, 2.0, 10.0, 0.1), ("gemini-4-argon", "", 0, 4.0, 20.0, 0.2),
+    ("gemini-3.[678]-flash", "2026-12-31", 0, 0.75, 3.75, 0.075),
+    ("gemini-3.[678]-flash", "", 0, 1.5, 7.5, 0.15),
+    ("gemini-3.5-flash-lite", "", 0, 0.3, 2.5, 0.03),
+    ("gemini-3.1-flash-lite", "", 0, 0.25, 1.5, 0.025),
+    ("gemini-3.1-pro-preview*", "", 200001, 4.0, 18.0, 0.4),
+    ("gemini-3.1-pro-preview*", "", 0, 2.0, 12.0, 0.2),
+    ("gemini-3-flash-preview", "", 0, 0.5, 3.0, 0.05),
+    ("gemini-2.5-pro", "", 200001, 2.5, 15.0, 0.25), ("gemini-2.5-pro", "", 0, 1.25, 10.0, 0.125),
+    ("gemini-2.5-flash", "", 0, 0.3, 2.5, 0.03), ("gemini-2.5-flash-lite", "", 0, 0.1, 0.4, 0.01),
+)
 
 
 def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
@@ -1005,9 +899,9 @@ def dump_json(value: Any) -> bytes:
             "The body holds a number too large for JSON, or is nested too deeply.") from None
 
 
-_KINDS = MappingProxyType({str: "a string", int: "an integer", float: "a number",
+_KINDS = {str: "a string", int: "an integer", float: "a number",
                            bool: "true or false",
-                           dict: "an object", list: "a list"})
+                           dict: "an object", list: "a list"}
 _REQUEST_FIELDS = (
     ("model", (str,)), ("messages", (list,)), ("max_tokens", (int,)), ("system", (str, list)),
     ("stream", (bool,)), ("temperature", (float, int)), ("top_p", (float, int)), ("top_k", (int,)),
@@ -1065,19 +959,20 @@ def check_request(body: Any) -> Json:
 
 # ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
 
-class Translation(NamedTuple):
-    """An upstream's request body, and what is needed to read its answer."""
+_FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
 
-    body: Json
-    names: Dict[str, str]        # declared function name -> the client's tool name
-    schemas: Dict[str, Any]      # the client's tool name -> its input_schema
-    session: str                 # for text_key
-    thinking: str                # "" (off), "shown" or "omitted"
-    single_call: bool            # the client wants one tool call at a time
-    signatures: Counter          # how the history's calls were signed: hit, carried, dummy
-    notes: List[str]             # what was left out, for the log
-    media: int                   # images and documents in the body,
-    media_bytes: int             # and their base64 characters, which are not text tokens
+
+# Documented stand-in for a signature that is gone:
+# https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
+DUMMY_SIGNATURE = "skip_thought_signature_validator"
+# What a thinking block of ours carries in `signature`: that of the tool call behind it, or its own.
+CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
+# Before what an OpenAI-compatible upstream wants back, kept like a signature; its form of names,
+# and our ids that hold one of its own.
+OPENAI_RULE = ModelRule(("",), 0, (), (0, 0), True)  # of no generation of Gemini's
+OPENAI_MARK = "openai-"
+_OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 
 
 class Call(NamedTuple):
@@ -1088,33 +983,51 @@ class Call(NamedTuple):
     name: str
 
 
-_FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
-
-
-class History:
-    """What one pass over `messages` collects. `calls` and `carried` belong to the turn in hand."""
+class Translation:
+    """A request on its way into an upstream's form: what a pass over it collects, the body that
+    comes out, and what is needed to read the answer."""
 
     def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]],
-                 names: Any = _FUNCTION_NAME) -> None:
+                 tool_name: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
         self.lookup = lookup
-        self.names = names                        # how the upstream takes tools' names
-        self.session = ""                         # what its first text is, as a hash
-        self.signatures: Counter = Counter()
-        self.loaded: Dict[str, bool] = {}         # tool name -> offered (True) or withdrawn (False)
+        self.tool_name = tool_name            # the form that the upstream takes
+        self.body: Json = {}
+        self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
+        self.schemas: Dict[str, Any] = {}     # the client's tool name -> its input_schema
+        self.session = ""                     # tells one conversation from another, for text_key
+        self.thinking = "shown"               # or "omitted", or "" for off
+        self.single_call = False              # the client wants one tool call at a time
+        self.signatures: Counter = Counter()  # how the history's calls were signed, for /metrics
+        self.notes: List[str] = []            # what was left out, for the log
+        self.media = self.media_bytes = 0     # images and documents, and their base64 characters
+        self.effort = ""                      # of a system message
+        self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
-        self.effort = ""
-        self.media = self.media_bytes = 0
-        self.calls: List[Call] = []
-        self.carried = ""
+        self.calls: List[Call] = []           # of the turn in hand, until their results are there
+        self.from_client = ""                     # signature in the thinking block before a call
+        self.place, self.inner = (0, 0), ""   # of the block in hand, for errors
 
     def takes(self, signature: str) -> bool:
         """Whether a signature comes from this kind of upstream; another one would refuse it."""
         return signature.startswith(OPENAI_MARK) == (self.rule.generation == 0)
 
+    def path(self, field: str) -> str:
+        """The path of a field of the block in hand: messages[3].content[0].id"""
+        return "messages[%d].content[%d]%s%s" % (self.place + (self.inner, field))
+
+    def invalid(self, field: str, message: str) -> ProxyError:
+        return ProxyError(400, "%s: %s" % (self.path(field), message))
+
+    def expect(self, value: Any, kind: type, field: str) -> Any:
+        """Return the value of a field of the block in hand, if it is of this type."""
+        return value if type(value) is kind else expect(value, (kind,), self.path(field))
+
 
 # (role, [((index of the message, index of the block), block), ...])
 Turn = Tuple[str, List[Tuple[Tuple[int, int], Json]]]
+Lookup = Callable[[str], Optional[str]]
+Declare = Callable[[Json], Json]
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 NO_RESULT = "no result (interrupted)"
 CONTINUE = "Continue."
@@ -1122,9 +1035,8 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 
-def to_gemini(request: Json, model: str, config: Config,
-              lookup: Callable[[str], Optional[str]] = lambda key: None,
-              declare: Optional[Callable[[Json], Json]] = None) -> Translation:
+def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
+              declare: Optional[Declare] = None) -> Translation:
     """Translate a checked Messages request into a generateContent body for `model`.
 
     `lookup` gives the thought signature kept for a tool_use id or `text_key`, or None; `declare`
@@ -1132,66 +1044,61 @@ def to_gemini(request: Json, model: str, config: Config,
     400 with the path of what cannot be translated.
     Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README.
     """
-    rule = model_rule(model)
-    history = History(rule, lookup)
-    notes: List[str] = []
-    system, turns = to_turns(request, history)
-    history.session = session_hash(turns)
-    contents = to_contents(turns, history)
-    tools = offered_tools(request, history)
-    functions, built_in = declared_tools(tools, rule, notes, declare or declaration)
+    t = Translation(model_rule(model), lookup)
+    system, contents, tools = read_history(request, t)
+    functions, built_in = declared_tools(tools, t, declare or declaration)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
-    thinking, thinking_config = thinking_from(request, history.effort, rule, limit)
-    generation = generation_config(request, limit, bool(thinking) or rule.can_stop_thinking)
+    thinking_config = thinking_from(request, t, limit)
+    format_hint, generation = answer_format(request, bool(functions or built_in), t.rule)
+    generation.update(sampling(request, GEMINI_SAMPLING))
+    # Thoughts that the client did not ask for get head-room, so that a small limit still answers.
+    headroom = 0 if t.thinking or t.rule.can_stop_thinking else THINKING_HEADROOM
+    generation["maxOutputTokens"] = min(limit + headroom, OUTPUT_LIMIT)
     if thinking_config:
         generation["thinkingConfig"] = thinking_config
-    format_hint, format_fields = answer_format(request, bool(functions or built_in), rule)
-    generation.update(format_fields)
     system += search_hints(tools if "googleSearch" in built_in else ()) + format_hint
-    body: Json = {"contents": contents, "generationConfig": generation}
+    t.body = {"contents": contents, "generationConfig": generation}
     if system:
-        body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
-    names = {declared["name"]: tool["name"] for declared, tool in functions}
-    body.update(tool_fields(functions, built_in, request.get("tool_choice") or {}, names))
-    return Translation(
-        body, names, {tool["name"]: tool.get("input_schema") for _, tool in functions},
-        history.session, thinking,
-        bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use")),
-        history.signatures,
-        notes, history.media, history.media_bytes)
+        t.body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
+    t.names = {declared["name"]: tool["name"] for declared, tool in functions}
+    t.body.update(tool_fields(functions, built_in, request.get("tool_choice") or {}, t.names))
+    return t
 
 
-def to_turns(request: Json, history: History) -> Tuple[List[str], List[Turn]]:
+def read_history(request: Json, t: Translation) -> Tuple[List[str], List[Json], List[Json]]:
+    """-> (system texts, Gemini contents, tools to declare): what all upstreams begin with."""
+    t.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
+    system, turns = to_turns(request, t)
+    first_texts = (block.get("text") for _, blocks in turns[:1] for _, block in blocks)
+    t.session = short_hash(str(next(first_texts, ""))[:4000])
+    contents = to_contents(turns, t)
+    return system, contents, offered_tools(request, t)
+
+
+def to_turns(request: Json, t: Translation) -> Tuple[List[str], List[Turn]]:
     """Merge messages into alternating turns -> (system texts, turns).
 
     `role: system` messages may stand anywhere: leading ones are system texts, later ones become
     reminders in the user turn beside them, which keeps the prefix of the prompt unchanged.
     """
-    try:
-        system = system_texts(request.get("system"))
-    except ProxyError as exc:
-        raise exc.under("system")
+    system = system_texts(request.get("system"), "system")
     turns: List[Turn] = []
     for i, message in enumerate(request["messages"]):
-        role = expect(message, (dict,), "messages[%d]" % i).get("role")
-        try:
-            blocks = blocks_of(message.get("content"))
-            if role == "system":
-                leads, later = not turns, request["messages"][i + 1:]
-                texts, blocks = system_message(message, blocks, later, leads, history)
-                role = "user"
-                system += texts
-        except ProxyError as exc:
-            raise exc.under("messages[%d].content" % i)
+        path = "messages[%d]" % i
+        role = expect(message, (dict,), path).get("role")
+        blocks = blocks_of(message.get("content"), path + ".content")
+        if role == "system":
+            texts, blocks = system_message(message, blocks, request["messages"][i + 1:], t,
+                                           not turns, path)
+            role = "user"
+            system += texts
         if role not in ("user", "assistant"):
-            raise invalid("messages[%d].role: must be user, assistant or system, not %s"
-                          % (i, json.dumps(role)[:80]))
+            raise invalid("%s.role: must be user, assistant or system, not %s"
+                          % (path, json.dumps(role)[:80]))
         placed = [((i, j), block) for j, block in enumerate(blocks)]
-        types = [block["type"] for block in blocks]
-        if "compaction" in types:
-            summary = max(j for j, kind in enumerate(types) if kind == "compaction")
-            if blocks[summary].get("content"):  # it stands for everything before it
-                turns, placed = [("user", placed[summary:summary + 1])], placed[summary + 1:]
+        summaries = [j for j, block in enumerate(blocks) if block["type"] == "compaction"]
+        if summaries and blocks[summaries[-1]].get("content"):  # it stands for all before it
+            turns, placed = [("user", [placed[summaries[-1]]])], placed[summaries[-1] + 1:]
         if turns and turns[-1][0] == role:
             turns[-1][1].extend(placed)
         elif placed:
@@ -1199,197 +1106,161 @@ def to_turns(request: Json, history: History) -> Tuple[List[str], List[Turn]]:
     return system, turns
 
 
-def session_hash(turns: Sequence[Turn]) -> str:
-    """What tells one conversation from another: its first text."""
-    first_texts = (block.get("text") for _, blocks in turns[:1] for _, block in blocks)
-    return short_hash(str(next(first_texts, ""))[:4000])
-
-
-def system_message(message: Json, blocks: List[Json], later: Sequence[Any], leads: bool,
-                   history: History) -> Tuple[List[str], List[Json]]:
+def system_message(message: Json, blocks: List[Json], later: Sequence[Any], t: Translation,
+                   leads: bool, path: str) -> Tuple[List[str], List[Json]]:
     """A `role: system` message -> (texts for the system prompt, blocks for the user turn)."""
     if isinstance(message.get("output_config"), dict):
-        history.effort = message["output_config"].get("effort") or history.effort
+        t.effort = message["output_config"].get("effort") or t.effort
     if message.get("clear_at") == "next_user_message" and any(
             isinstance(m, dict) and m.get("role") == "user" for m in later):
         return [], []
     if leads:
-        return (system_texts([block for block in blocks if block["type"] == "text"]),
-                [block for block in blocks if block["type"] != "text"])
-    return [], [as_reminder(block) for block in blocks]
+        return (system_texts([b for b in blocks if b["type"] == "text"], path + ".content"),
+                [b for b in blocks if b["type"] != "text"])
+    return [], [{"type": "text", "text": REMINDER % b["text"]}  # as Claude Code itself does it
+                if b["type"] == "text" and _is_text(b.get("text"))
+                and not b["text"].startswith("<system-reminder>") else b for b in blocks]
 
 
-def system_texts(system: Any) -> List[str]:
+def system_texts(system: Any, path: str) -> List[str]:
     """Texts of a system prompt, without Claude Code's billing line: it differs by conversation and
     would spoil the cache of the prompt's prefix."""
     texts = []
-    for j, block in enumerate(blocks_of(system)):
+    for j, block in enumerate(blocks_of(system, path)):
         if block["type"] != "text":
-            raise invalid("[%d].type: must be text, not %s" % (j, json.dumps(block["type"])[:80]))
-        text = expect(block.get("text"), (str,), "[%d].text" % j)
-        if text and not text.startswith("x-anthropic-billing-header:"):
-            texts.append(text)
-    return texts
+            raise invalid("%s[%d].type: must be text, not %s"
+                          % (path, j, json.dumps(block["type"])[:80]))
+        texts.append(expect(block.get("text"), (str,), "%s[%d].text" % (path, j)))
+    return [text for text in texts if text and not text.startswith("x-anthropic-billing-header:")]
 
 
-def blocks_of(content: Any) -> List[Json]:
-    """A `content` (string, list of blocks or null) -> blocks, each an object with a type."""
+def blocks_of(content: Any, path: str) -> List[Json]:
+    """A `content` (string, list of blocks or strings, or null) -> blocks with a type."""
     if isinstance(content, str) or content is None:
         return [{"type": "text", "text": content}] if content else []
-    for j, block in enumerate(expect(content, (str, list), "")):
+    for j, block in enumerate(expect(content, (str, list), path)):
         if isinstance(block, str):
             return blocks_of([{"type": "text", "text": each} if isinstance(each, str) else each
-                              for each in content])
+                              for each in content], path)
         if not isinstance(block, dict) or not isinstance(block.get("type"), str):
-            expect(expect(block, (dict,), "[%d]" % j).get("type"), (str,), "[%d].type" % j)
+            expect(block, (dict,), "%s[%d]" % (path, j))
+            expect(block.get("type"), (str,), "%s[%d].type" % (path, j))
     return content
 
 
-def as_reminder(block: Json) -> Json:
-    """A text of a system message in the form that Claude Code itself uses in user messages."""
-    text = block.get("text")
-    if block["type"] != "text" or not _is_text(text) or text.startswith("<system-reminder>"):
-        return block
-    return {"type": "text", "text": REMINDER % text}
-
-
-def to_contents(turns: Sequence[Turn], history: History) -> List[Json]:
+def to_contents(turns: Sequence[Turn], t: Translation) -> List[Json]:
     """Turns -> Gemini contents that alternate, start and end with the user, and pair every call."""
     contents: List[Json] = []
 
     def add(role: str, parts: List[Json]) -> None:
-        if not parts:
-            return
-        if contents and contents[-1]["role"] == role:
+        if parts and contents and contents[-1]["role"] == role:
             contents[-1]["parts"] += parts
-        else:
-            if role == "model" and not contents:
-                contents.append({"role": "user", "parts": [{"text": CONTINUE}]})
+        elif parts:
             contents.append({"role": role, "parts": parts})
 
     for role, blocks in turns:
         if role == "user":
-            add("user", user_parts(blocks, history))
-            history.calls = []
+            add("user", user_parts(blocks, t))
+            t.calls = []
         else:
-            add("model", model_parts(blocks, history))
-    add("user", user_parts([], history))
+            parts = model_parts(blocks, t)
+            if parts and not contents:
+                add("user", [{"text": CONTINUE}])
+            add("model", parts)
+    add("user", user_parts([], t))
     if not contents or contents[-1]["role"] == "model":
         add("user", [{"text": CONTINUE}])
     return contents
 
 
-def model_parts(blocks: Sequence[Tuple[Tuple, Json]], history: History) -> List[Json]:
-    """Blocks of an assistant turn -> parts; its calls are left in `history.calls`.
+def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
+    """Blocks of an assistant turn -> parts; its calls are left in `t.calls`.
 
     Gemini 3 and later refuse a step whose first call has no signature, and accept the dummy. It is
     also given to finished steps: their bytes then stay the same from request to request.
     """
     parts: List[Json] = []
-    history.carried = ""
-    for place, block in blocks:
-        parts += parts_of(block, history, MODEL_PARTS, "messages[%d].content[%d]", place)
+    t.from_client = ""
+    for t.place, block in blocks:
+        parts += MODEL_PARTS.get(block["type"], other_parts)(block, t)
     calls = [part for part in parts if "functionCall" in part]
     signed = [part for part in calls if "thoughtSignature" in part]
-    for part in signed[1:] if history.rule.generation else ():  # two steps that lost their border
+    for part in signed[1:] if t.rule.generation else ():  # two steps that lost their border
         del part["thoughtSignature"]
-    if calls and not signed and history.rule.generation > 2:
+    if calls and not signed and t.rule.generation > 2:
         calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
-        history.signatures["dummy"] += 1
+        t.signatures["dummy"] += 1
     return parts
 
 
-def user_parts(blocks: Sequence[Tuple[Tuple, Json]], history: History) -> List[Json]:
+def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
     """Blocks of a user turn -> parts: a response for each open call, in call order, then the rest.
 
     Calls without a result get an error, results without a call become text, a second result for
     the same call is dropped.
     """
     results: Dict[str, list] = {}
-    rest: List[Json] = []
-    known = {call.tool_use_id for call in history.calls}
-    for place, block in blocks:
-        if block["type"] == "tool_result":
-            result = tool_result(block, history, place)
-            if result[0] in known:
-                results.setdefault(result[0], []).append(result)
-            else:
-                rest += orphan_parts(result)
-        else:
-            rest += parts_of(block, history, USER_PARTS, "messages[%d].content[%d]", place)
-    parts: List[Json] = []
+    others: List[Json] = []
+    known = {call.tool_use_id for call in t.calls}
+    for t.place, block in blocks:
+        if block["type"] != "tool_result":
+            others += USER_PARTS.get(block["type"], other_parts)(block, t)
+            continue
+        tool_use_id, response, media = tool_result(block, t)
+        if tool_use_id in known:
+            results.setdefault(tool_use_id, []).append((response, media))
+        else:  # after a compaction, for example
+            text = next(iter(response.values()))
+            others += [{"text": "Result of an earlier tool call:\n%s" % text}] if text else []
+            others += media
+    responses: List[Json] = []
     beside: List[Json] = []
-    for call in history.calls:
+    for call in t.calls:
         queue = results.get(call.tool_use_id)
-        _, response, media = queue.pop(0) if queue else ("", {"error": NO_RESULT}, [])
-        within = [part for part in media if history.rule.generation > 2 and fits_response(part)]
-        beside += [part for part in media if part not in within]
+        response, media = queue.pop(0) if queue else ({"error": NO_RESULT}, [])
         function_response = {"id": call.upstream_id, "name": call.name, "response": response}
+        within = [part for part in media if t.rule.generation > 2 and
+                  (part.get("inlineData") or part["fileData"])["mimeType"] in RESPONSE_MEDIA]
         if within:
             function_response["parts"] = within
-        parts.append({"functionResponse": function_response})
-    return parts + beside + rest
+        beside += [part for part in media if part not in within]
+        responses.append({"functionResponse": function_response})
+    return responses + beside + others
 
 
-def fits_response(part: Json) -> bool:
-    media = part.get("inlineData") or part.get("fileData") or {}
-    return media.get("mimeType") in RESPONSE_MEDIA
-
-
-def tool_result(block: Json, history: History, place: Tuple) -> Tuple[str, Json, List[Json]]:
+def tool_result(block: Json, t: Translation) -> Tuple[str, Json, List[Json]]:
     """A tool_result block -> (tool_use_id, functionResponse.response, media parts)."""
+    tool_use_id = t.expect(block.get("tool_use_id") or "", str, ".tool_use_id")
+    key = "error" if block.get("is_error") is True else "output"
     content = block.get("content")
-    try:
-        tool_use_id = expect(block.get("tool_use_id") or "", (str,), ".tool_use_id")
-        key = "error" if block.get("is_error") is True else "output"
-        if isinstance(content, str):
-            return tool_use_id, {key: content}, []
-        parts = inner_parts(content, ".content", history)
-    except ProxyError as exc:
-        raise exc.under("messages[%d].content[%d]" % place)
+    if isinstance(content, str):
+        return tool_use_id, {key: content}, []
+    parts = inner_parts(content, ".content", t)
     texts = [part["text"] for part in parts if "text" in part]
     return tool_use_id, {key: "\n".join(texts)}, [part for part in parts if "text" not in part]
 
 
-def orphan_parts(result: Tuple[str, Json, List[Json]]) -> List[Json]:
-    """What is left of a result whose call is gone, after a compaction for example."""
-    _, response, media = result
-    text = next(iter(response.values()))
-    return ([{"text": "Result of an earlier tool call:\n%s" % text}] if text else []) + media
+def inner_parts(content: Any, field: str, t: Translation) -> List[Json]:
+    """The parts of the blocks in a field of the block in hand."""
+    parts: List[Json] = []
+    outer = t.inner
+    for j, block in enumerate(blocks_of(content, t.path(field))):
+        t.inner = "%s%s[%d]" % (outer, field, j)
+        parts += USER_PARTS.get(block["type"], other_parts)(block, t)
+    t.inner = outer
+    return parts
 
 
-def parts_of(block: Json, history: History, builders: Mapping[str, Callable], path: str,
-             place: Tuple) -> List[Json]:
-    """Translate one block by the table of its role; types that are in no table are shown as JSON.
-
-    `path % place` names the block: it is put together only where there is an error to tell.
-    """
-    try:
-        return builders.get(block["type"], other_parts)(block, history)
-    except ProxyError as exc:
-        raise exc.under(path % place)
-
-
-def inner_parts(content: Any, path: str, history: History) -> List[Json]:
-    """The parts of the blocks within a block; `path` is that of `content`, seen from the block."""
-    try:
-        blocks = blocks_of(content)
-    except ProxyError as exc:
-        raise exc.under(path)
-    return [part for j, block in enumerate(blocks)
-            for part in parts_of(block, history, USER_PARTS, "%s[%d]", (path, j))]
-
-
-def text_parts(block: Json, history: History) -> List[Json]:
-    text = expect(block.get("text"), (str,), ".text")
+def text_parts(block: Json, t: Translation) -> List[Json]:
+    text = t.expect(block.get("text"), str, ".text")
     return [{"text": text}] if text else []
 
 
-def model_text_parts(block: Json, history: History) -> List[Json]:
+def model_text_parts(block: Json, t: Translation) -> List[Json]:
     """Text of an earlier answer, with the signature that came with it."""
-    parts = text_parts(block, history)
-    signature = history.lookup(text_key(parts[0]["text"], history.session)) if parts else None
-    if signature and history.takes(signature):
+    parts = text_parts(block, t)
+    signature = t.lookup(text_key(parts[0]["text"], t.session)) if parts else None
+    if signature and t.takes(signature):
         parts[0]["thoughtSignature"] = signature
     return parts
 
@@ -1399,16 +1270,16 @@ def text_key(text: str, session: str) -> str:
     return "text:%x" % hash((session, text))  # a keyed hash, and a sixth of blake2b's time
 
 
-def thinking_parts(block: Json, history: History) -> List[Json]:
+def thinking_parts(block: Json, t: Translation) -> List[Json]:
     """Take over the signature that a thinking block of ours carries. Its text goes back only where
     the thought itself was signed. Signatures of other origin are dropped: Gemini refuses them."""
     signature = block.get("signature")
     if not isinstance(signature, str) or not signature.isascii():
         return []
     if signature.startswith(CALL_MARK):
-        history.carried = signature[len(CALL_MARK):]
+        t.from_client = signature[len(CALL_MARK):]
     own = signature[len(THOUGHT_MARK):] if signature.startswith(THOUGHT_MARK) else ""
-    if own and isinstance(block.get("thinking"), str) and is_base64(own) and history.takes(own):
+    if own and isinstance(block.get("thinking"), str) and is_base64(own) and t.takes(own):
         return [{"text": block["thinking"], "thought": True, "thoughtSignature": own}]
     return []
 
@@ -1417,44 +1288,40 @@ def is_base64(text: str) -> bool:
     return text.isascii() and not text.encode("ascii").translate(None, _BASE64)
 
 
-def tool_use_parts(block: Json, history: History) -> List[Json]:
+def tool_use_parts(block: Json, t: Translation) -> List[Json]:
     """A tool_use block -> functionCall with the signature that belongs to it."""
-    name = expect(block.get("name"), (str,), ".name")
+    name = t.expect(block.get("name"), str, ".name")
     if not name:
-        raise invalid(".name: a tool name is required")
-    tool_use_id = expect(block.get("id") or "", (str,), ".id")
+        raise t.invalid(".name", "a tool name is required")
+    tool_use_id = t.expect(block.get("id") or "", str, ".id")
     args = block.get("input")
     args = args if isinstance(args, dict) else {} if args is None else {"value": args}
-    call = Call(tool_use_id, call_id(tool_use_id, history), short_name(name, history.names))
-    history.calls.append(call)
-    history.loaded.setdefault(name, True)
+    call = Call(tool_use_id, call_id(tool_use_id, t), short_name(name, t.tool_name))
+    t.calls.append(call)
+    t.loaded.setdefault(name, True)
     part = {"functionCall": {"id": call.upstream_id, "name": call.name, "args": args}}
-    kept = history.lookup(tool_use_id) if tool_use_id else None
-    carried, history.carried = history.carried, ""
-    if kept and history.takes(kept):
+    kept = t.lookup(tool_use_id) if tool_use_id else None
+    carried, t.from_client = t.from_client, ""
+    if kept and t.takes(kept):
         part["thoughtSignature"] = kept
-        history.signatures["hit"] += 1
-    elif carried and is_base64(carried) and history.takes(carried):
+        t.signatures["hit"] += 1
+    elif carried and is_base64(carried) and t.takes(carried):
         part["thoughtSignature"] = carried
-        history.signatures["carried"] += 1
+        t.signatures["from_client"] += 1
     return [part]
 
 
-def call_id(tool_use_id: str, history: History) -> str:
+def call_id(tool_use_id: str, t: Translation) -> str:
     """The id of a call for the upstream: its own where ours holds it, else the client's where that
     is plain, else a short stable one."""
-    own = _OPENAI_ID.fullmatch(tool_use_id) if history.rule.generation == 0 else None
+    own = _OPENAI_ID.fullmatch(tool_use_id) if t.rule.generation == 0 else None
     plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
     if own:
         with contextlib.suppress(ValueError):  # somebody else's, then
             padded = own.group(1) + "=" * (-len(own.group(1)) % 4)
             plain = base64.urlsafe_b64decode(padded).decode("utf-8")
-    taken = history.calls and any(call.upstream_id == plain for call in history.calls)
-    return "%s_%d" % (plain, len(history.calls)) if taken else plain
-
-
-def gemini_name(name: str) -> str:
-    return short_name(name, _FUNCTION_NAME)
+    taken = t.calls and any(call.upstream_id == plain for call in t.calls)
+    return "%s_%d" % (plain, len(t.calls)) if taken else plain
 
 
 def short_name(name: str, allowed: Any) -> str:
@@ -1464,220 +1331,253 @@ def short_name(name: str, allowed: Any) -> str:
     return "%s_%s" % (re.sub(r"[^A-Za-z0-9_]|^(?![A-Za-z_])", "_", name)[:47], short_hash(name))
 
 
+def gemini_name(name: str) -> str:
+    return short_name(name, _FUNCTION_NAME)
+
+
 def short_hash(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
-def image_parts(block: Json, history: History) -> List[Json]:
-    return [media_part(expect(block.get("source"), (dict,), ".source"), "image", "image/jpeg",
-                       history)]
+# Media that a functionResponse may hold (3 and later):
+# https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
+RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
+URL_TYPES = {"png": "image/png", "webp": "image/webp", "heic": "image/heic",
+                              "pdf": "application/pdf", "txt": "text/plain"}
+MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
+               ("application/pdf", b"%PDF"))
 
 
-def document_parts(block: Json, history: History) -> List[Json]:
+def image_parts(block: Json, t: Translation) -> List[Json]:
+    return [media_part(t.expect(block.get("source"), dict, ".source"), "image", t)]
+
+
+def document_parts(block: Json, t: Translation) -> List[Json]:
     """PDFs stay what they are, text documents become text with their title."""
-    source = expect(block.get("source"), (dict,), ".source")
+    source = t.expect(block.get("source"), dict, ".source")
     titles = [str(block[key]) for key in ("title", "context") if block.get(key)]
     head = [{"text": "\n".join(titles)}] if titles else []
-    if source.get("type") == "text":
-        body = text_parts({"text": expect(source.get("data"), (str,), ".source.data")}, history)
-    elif source.get("type") == "content":
-        body = inner_parts(source.get("content"), ".source.content", history)
-    elif source.get("type") == "base64" and str(source.get("media_type")).startswith("text/"):
-        data = expect(source.get("data"), (str,), ".source.data")
+    kind = source.get("type")
+    if kind == "content":
+        return head + inner_parts(source.get("content"), ".source.content", t)
+    is_text = kind == "base64" and str(source.get("media_type")).startswith("text/")
+    if kind != "text" and not is_text:
+        return head + [media_part(source, "pdf", t)]
+    text = t.expect(source.get("data"), str, ".source.data")
+    if is_text:
         try:
-            body = [{"text": base64.b64decode(data).decode("utf-8", "replace")}]
+            text = base64.b64decode(text).decode("utf-8", "replace")
         except ValueError:
-            raise invalid(".source.data: is not base64") from None
-    else:
-        body = [media_part(source, "pdf", "application/pdf", history)]
-    return head + body
+            raise t.invalid(".source.data", "is not base64") from None
+    return head + ([{"text": text}] if text else [])
 
 
-def media_part(source: Json, what: str, default_type: str, history: History) -> Json:
-    """A base64 or URL source -> inlineData or fileData.
+def media_part(source: Json, what: str, t: Translation) -> Json:
+    """A base64 or URL source of an image or pdf -> inlineData or fileData.
 
     The wordings make Claude Code drop the medium and go on (facts measured 2026-11-20).
     """
+    default_type = "image/jpeg" if what == "image" else "application/pdf"
     kind = source.get("type")
-    if kind == "url":
-        url = expect(source.get("url"), (str,), ".source.url")
-        inline = re.match(r"data:([\w.+/-]+);base64,", url)
-        if inline:
-            return media_part({"type": "base64", "media_type": inline.group(1),
-                               "data": url[inline.end():]},
-                              what, default_type, history)
-        if not re.match(r"(?i)(https?|gs)://\S+$", url):
-            raise invalid(".source.url: must be an http, https, gs or data URL")
-        suffix = re.sub(r"[?#].*", "", url).rpartition(".")[2].lower()
-        mime = URL_TYPES.get(suffix, default_type)
-        return {"fileData": {"mimeType": mime, "fileUri": url}}
     if kind == "file":
-        raise invalid(
-            ".source: file ids need Anthropic's Files API, which is not there; send base64")
-    if kind != "base64":
-        raise invalid(".source.type: must be base64 or url, not %s" % json.dumps(kind)[:80])
-    data = expect(source.get("data"), (str,), ".source.data")
-    if not data:
-        raise invalid(".source.data: %s cannot be empty" % what)
-    if not is_base64(data) or len(data.rstrip("=")) % 4 == 1:
-        data = "".join(data.split())
-        if not is_base64(data) or len(data.rstrip("=")) % 4 == 1:
-            raise invalid(".source.data: could not process %s: it is not base64" % what)
-    mime = expect(source.get("media_type") or default_type, (str,), ".source.media_type")
+        raise t.invalid(".source", "file ids need Anthropic's Files API, which is not there; send "
+                        "base64")
+    if kind not in ("url", "base64"):
+        raise t.invalid(".source.type", "must be base64 or url, not %s" % json.dumps(kind)[:80])
+    if kind == "url":
+        url = t.expect(source.get("url"), str, ".source.url")
+        inline = re.match(r"data:([\w.+/-]+);base64,", url)
+        if not inline:
+            if not re.match(r"(?i)(https?|gs)://\S+$", url):
+                raise t.invalid(".source.url", "must be an http, https, gs or data URL")
+            suffix = re.sub(r"[?#].*", "", url).rpartition(".")[2].lower()
+            return {"fileData": {"mimeType": URL_TYPES.get(suffix, default_type), "fileUri": url}}
+        source = {"media_type": inline.group(1), "data": url[inline.end():]}
+    data = valid_base64(t.expect(source.get("data"), str, ".source.data"), what, t)
+    mime = t.expect(source.get("media_type") or default_type, str, ".source.media_type")
     if what == "image":  # clients name the wrong type often enough, and Gemini believes them
-        start = data[:16].replace("+", "-").replace("/", "_")
-        try:
-            head = base64.urlsafe_b64decode(start) if len(start) == 16 else b""
-        except ValueError:
-            raise invalid(".source.data: could not process image: it is not base64") from None
-        mime = next((name for name, magic in MAGIC_BYTES if head.startswith(magic)), mime)
-        if mime == "image/gif" and history.rule.generation:
-            raise invalid(
-                ".source.media_type: could not process image: Gemini does not take image/gif; "
-                          "send PNG, JPEG, WEBP, HEIC or HEIF")
-    history.media += 1
-    history.media_bytes += len(data)
+        mime = image_type(data, t) or mime
+        if mime == "image/gif" and t.rule.generation:
+            raise t.invalid(".source.media_type", "could not process image: Gemini does not take "
+                            "image/gif; send PNG, JPEG, WEBP, HEIC or HEIF")
+    t.media += 1
+    t.media_bytes += len(data)
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
-def search_result_parts(block: Json, history: History) -> List[Json]:
-    texts = [part["text"] for part in inner_parts(block.get("content"), ".content", history)
-             if "text" in part]
+def valid_base64(data: str, what: str, t: Translation) -> str:
+    """The data, if need be without white space."""
+    if not data:
+        raise t.invalid(".source.data", "%s cannot be empty" % what)
+    for text in (data, "".join(data.split())):
+        if is_base64(text) and len(text.rstrip("=")) % 4 != 1:
+            return text
+    raise t.invalid(".source.data", "could not process %s: it is not base64" % what)
+
+
+def image_type(data: str, t: Translation) -> str:
+    """The MIME type that the first bytes tell, or ""."""
+    try:
+        head = base64.urlsafe_b64decode(data[:16].replace("+", "-").replace("/", "_"))
+    except ValueError:
+        if len(data) < 16:
+            return ""
+        raise t.invalid(".source.data", "could not process image: it is not base64") from None
+    return next((name for name, magic in MAGIC_BYTES if head.startswith(magic)), "")
+
+
+def search_result_parts(block: Json, t: Translation) -> List[Json]:
+    texts = [p["text"] for p in inner_parts(block.get("content"), ".content", t) if "text" in p]
     return [{"text": "Search result: %s (%s)\n%s"
              % (block.get("title"), block.get("source"), "\n".join(texts))}]
 
 
-def server_tool_parts(block: Json, history: History) -> List[Json]:
+def server_tool_parts(block: Json, t: Translation) -> List[Json]:
     """A call of a server tool in an earlier answer, as text: Gemini's own have another form."""
     return [{"text": "[%s: %s]" % (block.get("name"), json.dumps(block.get("input")))}]
 
 
-def server_result_parts(block: Json, history: History) -> List[Json]:
+def server_result_parts(block: Json, t: Translation) -> List[Json]:
     """The result of a server tool in an earlier answer: its sources as a list, else as JSON."""
     content = block.get("content")
-    if isinstance(content, list) and any(isinstance(r, dict) and r.get("url") for r in content):
-        lines = ["- %s: %s" % (r.get("title"), r.get("url")) for r in content
-                 if isinstance(r, dict)]
-        return [{"text": "Sources found:\n" + "\n".join(lines)}]
+    results = _dicts(content)
+    if any(result.get("url") for result in results):
+        return [{"text": "\n".join(["Sources found:"] + [
+            "- %s: %s" % (result.get("title"), result.get("url")) for result in results])}]
     if isinstance(content, dict):
         for reference in _dicts(content.get("tool_references")):
-            tool_reference_parts(reference, history)
+            tool_reference_parts(reference, t)
     return [{"text": "[%s: %s]" % (block["type"], json.dumps(content))}]
 
 
-def tool_reference_parts(block: Json, history: History) -> List[Json]:
+def tool_reference_parts(block: Json, t: Translation) -> List[Json]:
     """A deferred tool has been found by a tool search: it is declared from now on."""
-    name = block.get("tool_name") if isinstance(block, dict) else None
-    if not isinstance(name, str):
-        raise invalid(".tool_name: a tool name is required")
-    history.loaded[name] = True
+    name = t.expect(block.get("tool_name"), str, ".tool_name")
+    t.loaded[name] = True
     return [{"text": "Tool %s is loaded." % name}]
 
 
-def tool_change_parts(block: Json, history: History) -> List[Json]:
+def tool_change_parts(block: Json, t: Translation) -> List[Json]:
     """tool_addition and tool_removal change what is declared, and say nothing themselves."""
-    tool = expect(block.get("tool"), (dict,), ".tool")
+    tool = t.expect(block.get("tool"), dict, ".tool")
     definition = tool.get("definition")
     if isinstance(definition, dict):
-        history.added_tools.append(definition)
+        t.added_tools.append(definition)
         tool = definition
     if isinstance(tool.get("name"), str):
-        history.loaded[tool["name"]] = block["type"] == "tool_addition"
+        t.loaded[tool["name"]] = block["type"] == "tool_addition"
     return []
 
 
-def compaction_parts(block: Json, history: History) -> List[Json]:
-    inner_parts(block.get("tool_changes"), ".tool_changes", history)
+def compaction_parts(block: Json, t: Translation) -> List[Json]:
+    inner_parts(block.get("tool_changes"), ".tool_changes", t)
     content = block.get("content")
-    if not isinstance(content, str):
-        return []
-    return [{"text": "Summary of the conversation so far:\n%s" % content}]
+    return ([{"text": "Summary of the conversation so far:\n%s" % content}]
+            if isinstance(content, str) else [])
 
 
-def dropped_parts(block: Json, history: History) -> List[Json]:
+def dropped_parts(block: Json, t: Translation) -> List[Json]:
     return []
 
 
-def refused_parts(block: Json, history: History) -> List[Json]:
-    raise invalid(": %s blocks need Anthropic's Files API, which is not there"
-                  % block["type"])
+def refused_parts(block: Json, t: Translation) -> List[Json]:
+    raise t.invalid("", "%s blocks need Anthropic's Files API, which is not there" % block["type"])
 
 
-def other_parts(block: Json, history: History) -> List[Json]:
+def other_parts(block: Json, t: Translation) -> List[Json]:
     """Blocks that nobody knew when this was written are shown to the model as they are."""
-    shown = {key: value for key, value in block.items() if key != "cache_control"}
-    return [{"text": json.dumps(shown)}]
+    return [{"text": json.dumps({k: v for k, v in block.items() if k != "cache_control"})}]
 
 
-USER_PARTS = MappingProxyType({
+USER_PARTS = {
     "text": text_parts, "image": image_parts, "document": document_parts,
-    "search_result": search_result_parts,
+    "search_result": search_result_parts, "compaction": compaction_parts,
     "tool_reference": tool_reference_parts, "tool_addition": tool_change_parts,
-    "tool_removal": tool_change_parts, "compaction": compaction_parts,
-    "container_upload": refused_parts,
-    "mcp_tool_listing": dropped_parts, "fallback": dropped_parts,
-    "thinking": dropped_parts, "redacted_thinking": dropped_parts,
-    "server_tool_use": server_tool_parts, "mcp_tool_use": server_tool_parts,
-    "web_search_tool_result": server_result_parts, "web_fetch_tool_result": server_result_parts,
-    "code_execution_tool_result": server_result_parts,
-    "tool_search_tool_result": server_result_parts,
-    "bash_code_execution_tool_result": server_result_parts,
-    "advisor_tool_result": server_result_parts,
-    "text_editor_code_execution_tool_result": server_result_parts,
-    "mcp_tool_result": server_result_parts,
-})
-MODEL_PARTS = MappingProxyType({**USER_PARTS, "text": model_text_parts, "thinking": thinking_parts,
-                                "tool_use": tool_use_parts})
+    "tool_removal": tool_change_parts, "container_upload": refused_parts,
+    **dict.fromkeys(("mcp_tool_listing", "fallback", "thinking", "redacted_thinking"),
+                    dropped_parts),
+    **dict.fromkeys(("server_tool_use", "mcp_tool_use"), server_tool_parts),
+    **dict.fromkeys(("web_search_tool_result", "web_fetch_tool_result", "mcp_tool_result",
+                     "code_execution_tool_result", "bash_code_execution_tool_result",
+                     "text_editor_code_execution_tool_result", "tool_search_tool_result",
+                     "advisor_tool_result"), server_result_parts)}
+MODEL_PARTS = {**USER_PARTS, "text": model_text_parts, "thinking": thinking_parts,
+               "tool_use": tool_use_parts}
 
 
-def offered_tools(request: Json, history: History) -> List[Json]:
+# Anthropic's own client tools, declared as plain functions. Source: anthropic SDK 2.11.0.
+_EDITS = {
+    "path": {"type": "string"},
+    "file_text": {"type": "string", "description": "Whole text, for create."},
+    "old_str": {"type": "string"}, "new_str": {"type": "string"},
+    "insert_line": {"type": "integer"},
+    "insert_text": {"type": "string"},
+    "view_range": {"type": "array", "items": {"type": "integer"}}}
+CLIENT_TOOLS = {
+    "bash_": ("Run a command in a persistent bash session.", {
+        "type": "object", "properties": {
+            "command": {"type": "string", "description": "The command to run."},
+            "restart": {"type": "boolean", "description": "Restart the session instead."}}}),
+    "text_editor_": ("View, create and edit text files.", {
+        "type": "object", "required": ["command", "path"], "properties": dict(
+            _EDITS,
+            command={"type": "string", "enum": ["view", "create", "str_replace", "insert"]})}),
+    "memory_": ("Read and write files under /memories that outlive this conversation.", {
+        "type": "object", "required": ["command"], "properties": dict(
+            _EDITS, old_path={"type": "string"}, new_path={"type": "string"}, command={
+                "type": "string",
+                "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]})}),
+}
+# Tools that run inside Gemini: prefix of Anthropic's type -> field of Gemini's Tool.
+SERVER_TOOLS = {"web_search_": "googleSearch", "web_fetch_": "urlContext",
+                                 "code_execution_": "codeExecution"}
+REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
+
+
+def offered_tools(request: Json, t: Translation) -> List[Json]:
     """The tools to declare: all but withdrawn ones, and deferred ones that nothing has loaded.
 
-    `history.loaded` says of a name that it was loaded (True) or withdrawn (False). Where Anthropic
-    would search the tools itself (tool_search_tool_*), the deferred ones are offered, too.
+    Where Anthropic would search the tools itself (tool_search_tool_*), deferred ones are offered.
     """
     searchable = False
-    tools = []
-    for i, tool in enumerate((request.get("tools") or []) + history.added_tools):
+    unique: Dict[str, Json] = {}
+    for i, tool in enumerate((request.get("tools") or []) + t.added_tools):
         path = "tools[%d]" % i
         kind = expect(expect(tool, (dict,), path).get("type") or "custom", (str,), path + ".type")
-        if kind == "mcp_toolset":  # the one that has no name
+        if kind.startswith(REFUSED_TOOLS):
             raise invalid("%s: %s is not supported here" % (path, kind))
         if not expect(tool.get("name"), (str,), path + ".name"):
             raise invalid("%s.name: a tool name is required" % path)
         if tool.get("input_schema") is not None:
             expect(tool["input_schema"], (dict,), path + ".input_schema")
-        if kind.startswith(REFUSED_TOOLS):
-            raise invalid("%s: %s is not supported here" % (path, kind))
         if kind.startswith("tool_search_tool_"):
             searchable = True
         elif tool["name"] != "DeferredToolPlaceholder":
-            tools.append(tool)
-    unique = {tool["name"]: tool for tool in tools}
+            unique[tool["name"]] = tool
     return [tool for name, tool in unique.items()
-            if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
+            if t.loaded.get(name, searchable or not tool.get("defer_loading"))]
 
 
-def declared_tools(tools: Sequence[Json], rule: ModelRule, notes: List[str],
-                 declare: Callable[[Json], Json]) -> Tuple[List[Tuple[Json, Json]], List[str]]:
+def declared_tools(tools: Sequence[Json], t: Translation,
+                 declare: Declare) -> Tuple[List[Tuple[Json, Json]], List[str]]:
     """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
     functions: List[Tuple[Json, Json]] = []
     built_in: List[str] = []
     for tool in tools:
         kind = tool.get("type") or "custom"
         own, known = by_prefix(SERVER_TOOLS, kind), by_prefix(CLIENT_TOOLS, kind)
+        if known:
+            tool = {"name": tool["name"], "description": known[0], "input_schema": known[1]}
         if own:
             built_in += [own] if own not in built_in else []
-        elif known:
-            tool = {"name": tool["name"], "description": known[0], "input_schema": known[1]}
+        elif known or kind == "custom" or tool.get("input_schema") is not None:
             functions.append((declare(tool), tool))
-        elif kind == "custom" or tool.get("input_schema") is not None:
-            functions.append((declare(tool), tool))
+            t.schemas[tool["name"]] = tool.get("input_schema")
         else:
-            notes.append("left out the tool %s: type %s is not known" % (tool["name"], kind))
-    if functions and built_in and rule.generation < 3:
-        notes.append("left out %s: the model takes it only without functions"
-                     % ", ".join(built_in))
+            t.notes.append("dropped the tool %s: unknown type %s" % (tool["name"], kind))
+    if functions and built_in and t.rule.generation < 3:
+        t.notes.append("dropped %s: the model takes it only without functions"
+                       % ", ".join(built_in))
         built_in = []
     return functions, built_in
 
@@ -1692,33 +1592,29 @@ def by_prefix(table: Mapping[str, Any], kind: str) -> Any:
 def declaration(tool: Json) -> Json:
     """A tool -> functionDeclaration. Its schema goes through parametersJsonSchema: an unknown
     keyword in `parameters` would cost the whole request a 400."""
-    declared: Json = {"name": gemini_name(tool["name"])}
     description = tool.get("description")
-    declared["description"] = description if isinstance(description, str) else ""
-    declared["parametersJsonSchema"] = to_gemini_schema(tool.get("input_schema") or {}, root=True)
-    return declared
+    return {"name": gemini_name(tool["name"]),
+            "description": description if isinstance(description, str) else "",
+            "parametersJsonSchema": to_gemini_schema(tool.get("input_schema") or {}, root=True)}
 
 
 def search_hints(tools: Sequence[Json]) -> List[str]:
     """Domain lists of web_search as a sentence: Gemini's search has no field for them."""
-    hints = []
-    for tool in tools:
-        if str(tool.get("type")).startswith("web_search_"):
+    return [sentence % ", ".join(map(str, tool[key])) for tool in tools
+            if str(tool.get("type")).startswith("web_search_")
             for key, sentence in (("allowed_domains", "Search and cite only these sites: %s."),
-                                  ("blocked_domains", "Never search or cite these sites: %s.")):
-                if isinstance(tool.get(key), list) and tool[key]:
-                    hints.append(sentence % ", ".join(map(str, tool[key])))
-    return hints
+                                  ("blocked_domains", "Never search or cite these sites: %s."))
+            if isinstance(tool.get(key), list) and tool[key]]
 
 
 def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str], choice: Json,
                 names: Mapping[str, str]) -> Json:
     """`tools` and `toolConfig` of the body; nothing where there are no tools."""
-    tools: List[Json] = []
+    tools: List[Json] = [{name: {}} for name in built_in]
+    tool_config: Json = {}
     if functions:
-        tools.append({"functionDeclarations": [declared for declared, _ in functions]})
-    tools += [{name: {}} for name in built_in]
-    tool_config = function_calling(choice, names) if functions else {}
+        tools.insert(0, {"functionDeclarations": [declared for declared, _ in functions]})
+        tool_config = function_calling(choice, names)
     if functions and built_in:
         tool_config["includeServerSideToolInvocations"] = True
     return {key: value for key, value in (("tools", tools), ("toolConfig", tool_config)) if value}
@@ -1726,15 +1622,15 @@ def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str],
 
 def function_calling(choice: Json, names: Mapping[str, str]) -> Json:
     """tool_choice -> toolConfig; a choice that names no declared function leaves Gemini free."""
-    kind = choice.get("type")
+    kind, name = choice.get("type"), gemini_name(str(choice.get("name")))
     if kind not in ("auto", "any", "tool", "none", None):
         raise invalid("tool_choice.type: must be auto, any, tool or none, not %s"
                       % json.dumps(kind)[:80])
-    if kind is None or (kind == "tool" and gemini_name(str(choice.get("name"))) not in names):
+    if kind is None or (kind == "tool" and name not in names):
         return {}
     calling: Json = {"mode": {"auto": "AUTO", "none": "NONE"}.get(kind, "ANY")}
     if kind == "tool":
-        calling["allowedFunctionNames"] = [gemini_name(choice["name"])]
+        calling["allowedFunctionNames"] = [name]
     return {"functionCallingConfig": calling}
 
 
@@ -1757,80 +1653,67 @@ def answer_format(request: Json, has_tools: bool, rule: ModelRule) -> Tuple[List
     return [hint + json.dumps(schema)], fields if rule.generation > 2 else {}
 
 
-def thinking_from(request: Json, message_effort: str, rule: ModelRule,
-                  limit: int) -> Tuple[str, Json]:
-    """thinking and effort -> ("", "shown" or "omitted", thinkingConfig).
+EFFORT_LEVELS = {"minimal": "LOW", "low": "LOW", "medium": "MEDIUM",
+                                  "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"}
+EFFORT_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384,
+                                   "xhigh": 24576, "max": 32768}
+THINKING_HEADROOM = 8192
+
+
+def thinking_from(request: Json, t: Translation, limit: int) -> Json:
+    """thinking and effort -> thinkingConfig; also sets `t.thinking`.
 
     Thinking that is off wins over any effort; a model that cannot stop gets its lowest setting.
     """
-    thinking = request.get("thinking") or {}
-    if thinking.get("type", "disabled") == "disabled" or not (rule.levels or rule.budget[1]):
-        return "", _least_thinking(rule)
-    effort = message_effort or (request.get("output_config") or {}).get("effort")
-    effort = effort if isinstance(effort, str) and effort in EFFORT_LEVELS else ""
-    budget = thinking.get("budget_tokens")
-    budget = budget if isinstance(budget, int) and budget > 0 else 0
+    thinking, rule = request.get("thinking") or {}, t.rule
+    least, most = rule.budget
+    t.thinking = "omitted" if thinking.get("display") == "omitted" else "shown"
+    if thinking.get("type", "disabled") == "disabled" or not (rule.levels or most):
+        t.thinking = ""
+        if rule.levels:
+            return {"thinkingLevel": rule.levels[0]}
+        return {"thinkingBudget": 0 if rule.can_stop_thinking else least} if most else {}
     config: Json = {"includeThoughts": True}
-    if not rule.levels:
-        config["thinkingBudget"] = _budget(EFFORT_BUDGETS.get(effort, budget), rule, limit)
+    effort, budget = asked_effort(request, t), thinking.get("budget_tokens")
+    budget = budget if isinstance(budget, int) and budget > 0 else 0
+    if not rule.levels:  # -1 lets Gemini choose; else there must be room for an answer
+        wanted = EFFORT_BUDGETS.get(effort, budget)
+        config["thinkingBudget"] = max(least, min(wanted, most, limit - 1024)) if wanted else -1
     elif effort or budget:
         by_budget = "LOW" if budget <= 4096 else "MEDIUM" if budget <= 16384 else "HIGH"
         config["thinkingLevel"] = EFFORT_LEVELS.get(effort, by_budget)
-    return "omitted" if thinking.get("display") == "omitted" else "shown", config
+    return config
 
 
-def _budget(wanted: int, rule: ModelRule, limit: int) -> int:
-    """A budget within the model's range that leaves room for an answer; -1 lets Gemini choose."""
-    return max(rule.budget[0], min(wanted, rule.budget[1], limit - 1024)) if wanted else -1
+def asked_effort(request: Json, t: Translation) -> str:
+    """A known effort, of a system message or of the request; else ""."""
+    effort = t.effort or (request.get("output_config") or {}).get("effort")
+    return effort if isinstance(effort, str) and effort in EFFORT_LEVELS else ""
 
 
-def _least_thinking(rule: ModelRule) -> Json:
-    if rule.levels:
-        return {"thinkingLevel": rule.levels[0]}
-    least = 0 if rule.can_stop_thinking else rule.budget[0]
-    return {"thinkingBudget": least} if rule.budget[1] else {}
+GEMINI_SAMPLING = {"temperature": "temperature", "top_p": "topP", "top_k": "topK",
+                   "stop_sequences": "stopSequences"}
 
 
-def generation_config(request: Json, limit: int, as_wanted: bool) -> Json:
-    """Sampling, stops and the token limit; with head-room if there will be unwanted thoughts."""
-    limit += 0 if as_wanted else THINKING_HEADROOM
-    generation: Json = {"maxOutputTokens": min(limit, OUTPUT_LIMIT)}
-    for name, target in (("temperature", "temperature"), ("top_p", "topP"), ("top_k", "topK"),
-                         ("stop_sequences", "stopSequences")):
-        if request.get(name) not in (None, []):
-            generation[target] = request[name]
-    return generation
+def sampling(request: Json, fields: Mapping[str, str]) -> Json:
+    """Sampling and stops by the upstream's names for them."""
+    return {theirs: request[ours] for ours, theirs in fields.items()
+            if request.get(ours) not in (None, [])}
 
 
-# ---- 6. JSON Schema -> what Gemini takes, and other repairs (pure) ---------------------------
+# ---- 6. JSON Schema and repairs of a refused request (pure) ---------------------------------
 
-# Recorded as accepted through parametersJsonSchema; everything else is told in the description.
-_LENGTHS = MappingProxyType({"array": ("minItems", "maxItems"),
-                             "string": ("minLength", "maxLength")})
-_TOLD_OR_IDLE = frozenset({
-    "$schema", "$id", "$comment", "$defs", "definitions", "$anchor", "$dynamicRef", "$vocabulary",
-    "$ref",
-    "readOnly", "writeOnly", "deprecated", "nullable", "type", "properties", "required", "items",
-    "prefixItems", "enum", "const", "anyOf", "oneOf", "allOf", "description", "title", "format",
-    "default",
-    "minimum", "maximum", "pattern", "additionalProperties", "propertyOrdering", "contentMediaType",
-    "minItems", "maxItems", "minLength", "maxLength"})
+# Recorded as accepted through parametersJsonSchema; everything else is told in the description,
+# unless it is idle without the rest of its schema.
+_LENGTHS = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}
+_HANDLED_KEYWORDS = frozenset(
+    "$schema $id $comment $defs definitions $anchor $dynamicRef $vocabulary $ref readOnly "
+    "writeOnly deprecated nullable type properties required items prefixItems enum const anyOf "
+    "oneOf allOf description title format default minimum maximum pattern additionalProperties "
+    "minItems maxItems minLength maxLength propertyOrdering contentMediaType".split())
 _TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
-_FORMATS = MappingProxyType({"string": ("date-time",), "integer": ("int32", "int64"),
-                             "number": ("float", "double")})
+_FORMATS = {"string": ("date-time",), "integer": ("int32", "int64"), "number": ("float", "double")}
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 20, 2000
-
-
-class _Place:
-    """Where in a schema we are: what `$ref`s point into, which ones are open, how deep it is."""
-
-    def __init__(self, document: Json, refs: Tuple[str, ...] = (), depth: int = 0,
-                 left: Optional[List[int]] = None):
-        self.document, self.refs, self.depth = document, refs, depth
-        self.left = left or [MAX_SCHEMA_NODES]  # one count for the whole document
-
-    def deeper(self, *refs: str) -> "_Place":
-        return _Place(self.document, self.refs + refs, self.depth + 1, self.left)
 
 
 def to_gemini_schema(schema: Any, root: bool = False) -> Json:
@@ -1840,7 +1723,7 @@ def to_gemini_schema(schema: Any, root: bool = False) -> Json:
     Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20) and
     recordings.
     """
-    node = _schema_node(schema, _Place(schema))
+    node = SchemaCleaner(schema).node(schema)
     return _as_object(node) if root and node.get("type") != "object" else node
 
 
@@ -1861,27 +1744,123 @@ def _as_object(node: Json) -> Json:
     return out
 
 
-def _schema_node(schema: Any, place: _Place) -> Json:
-    """One schema (never a map of schemas) -> one that has a type or an anyOf."""
-    place.left[0] -= 1
-    if place.depth > MAX_SCHEMA_DEPTH or place.left[0] < 0:
-        return {"type": "object", "description": "any JSON object"}
-    if not isinstance(schema, dict):
-        return _any_value()
-    schema, place = _resolved(schema, place)
-    types, branches = _types(schema), _list(schema, "anyOf") + _list(schema, "oneOf")
-    hints = ["%s: %s" % (key, json.dumps(value)[:200]) for key, value in schema.items()
-             if key not in _TOLD_OR_IDLE and not key.startswith("x-")]
-    if len(types) > 1 or branches:
-        node = _union(schema, types, branches, place)
-    else:
-        node = _typed_node(schema, types[0], place, hints) if types else _any_value()
-    node.update((key, schema[key]) for key in ("title", "description") if _is_text(schema.get(key)))
-    if "default" in schema:
-        node["default"] = schema["default"]
-    if hints:
-        node["description"] = ("%s (%s)" % (node.get("description", ""), "; ".join(hints))).strip()
-    return node
+class SchemaCleaner:
+    """Cleans the nodes of one document. `refs` are the `$ref`s that lead to a node."""
+
+    def __init__(self, document: Any) -> None:
+        self.document = document
+        self.left = MAX_SCHEMA_NODES
+
+    def node(self, schema: Any, refs: Tuple[str, ...] = (), depth: int = 0) -> Json:
+        """One schema (never a map of schemas) -> one that has a type or an anyOf."""
+        self.left -= 1
+        if depth > MAX_SCHEMA_DEPTH or self.left < 0:
+            return {"type": "object", "description": "any JSON object"}
+        if not isinstance(schema, dict):
+            return _any_value()
+        schema, refs = self.resolved(schema, refs, depth)
+        types, branches = _types(schema), _list(schema, "anyOf") + _list(schema, "oneOf")
+        hints = ["%s: %s" % (key, json.dumps(value)[:200]) for key, value in schema.items()
+                 if key not in _HANDLED_KEYWORDS and not key.startswith("x-")]
+        if branches or len(types) > 1:  # what stands beside them goes into each branch
+            outer = {key: value for key, value in schema.items()
+                     if key not in ("anyOf", "oneOf", "description", "title", "default")}
+            node = self.union([_joined(branch, outer) if isinstance(branch, dict) else branch
+                               for branch in branches if branch is not False] if branches else
+                              [dict(outer, type=kind, nullable=False) for kind in types],
+                              refs, depth)
+        elif types:
+            node = self.typed(schema, types[0], refs, depth, hints)
+        else:
+            node = _any_value()
+        node.update((key, schema[key]) for key in ("title", "description")
+                    if _is_text(schema.get(key)))
+        if "default" in schema:
+            node["default"] = schema["default"]
+        if hints:
+            text = "%s (%s)" % (node.get("description", ""), "; ".join(hints))
+            node["description"] = text.strip()
+        return node
+
+    def resolved(self, schema: Json, refs: Tuple[str, ...],
+                 depth: int) -> Tuple[Json, Tuple[str, ...]]:
+        """Put local `$ref`s and `allOf` members into the node itself; a cycle becomes an object."""
+        while isinstance(schema.get("$ref"), str) and self.left > 0:
+            self.left -= 1
+            ref = schema["$ref"]
+            schema = {key: value for key, value in schema.items() if key != "$ref"}
+            target = _pointed(self.document, ref)
+            if target is None or ref in refs:
+                hint = "same form as %s" % (ref.rpartition("/")[2].strip("#") or "the whole")
+                return dict({"type": "object", "description": hint}, **schema), refs
+            schema, refs = dict(target, **schema), refs + (ref,)
+        for member in _list(schema, "allOf"):
+            self.left -= 1
+            if isinstance(member, dict) and depth < MAX_SCHEMA_DEPTH and self.left > 0:
+                member, _ = self.resolved(member, refs, depth + 1)
+                schema = _joined({k: v for k, v in schema.items() if k != "allOf"}, member)
+        return schema, refs
+
+    def union(self, branches: Sequence[Any], refs: Tuple[str, ...], depth: int) -> Json:
+        """Alternatives -> anyOf, without doubles and without anyOf in it."""
+        nodes: List[Json] = []
+        for branch in branches:
+            node = self.node(branch, refs, depth + 1)
+            nodes += [flat for flat in (node["anyOf"] if set(node) == {"anyOf"} else [node])
+                      if flat not in nodes]
+        return {"anyOf": nodes} if len(nodes) > 1 else nodes[0] if nodes else _any_value()
+
+    def typed(self, schema: Json, kind: str, refs: Tuple[str, ...], depth: int,
+              hints: List[str]) -> Json:
+        """A node of one type, with the keywords that this type may have."""
+        node: Json = {"type": kind}
+        if kind == "object":
+            properties, extra = schema.get("properties"), schema.get("additionalProperties")
+            if isinstance(properties, dict):  # its keys are names, whatever they look like
+                node["properties"] = {name: self.node(prop, refs, depth + 1)
+                                      for name, prop in properties.items()}
+            required = [name for name in _list(schema, "required") if isinstance(name, str)
+                        and name in node.get("properties", ())]
+            if required:
+                node["required"] = list(dict.fromkeys(required))
+            if isinstance(extra, (bool, dict)):
+                node["additionalProperties"] = (extra if isinstance(extra, bool)
+                                                else self.node(extra, refs, depth + 1))
+        elif kind == "array":  # one schema for all items; members of a tuple become alternatives
+            items = schema.get("items")
+            members = _list(schema, "prefixItems") or _list(schema, "items")
+            if members and isinstance(items, dict):
+                members.append(items)
+            node["items"] = (self.union(members, refs, depth) if members
+                             else self.node(items, refs, depth + 1))
+        elif kind != "null":
+            _scalar_keywords(schema, node, hints)
+        for key in _LENGTHS.get(kind, ()):
+            if type(schema.get(key)) is int and 0 <= schema[key] < 1 << 31:
+                node[key] = schema[key]
+        return node
+
+
+def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
+    """enum, format, pattern and bounds; other values than Gemini's enum takes are told."""
+    values, kind = _values(schema), node["type"]
+    texts = [value for value in values if _is_text(value)] if kind == "string" else []
+    if texts:
+        node["enum"] = list(dict.fromkeys(texts))
+    if "" in values and kind == "string":
+        hints.append('or "" (empty)')
+    elif values and not texts:
+        hints.append("one of: %s" % ", ".join(json.dumps(value) for value in values)[:500])
+    form = schema.get("format")
+    if form in _FORMATS.get(kind, ()):
+        node["format"] = form
+    elif _is_text(form):
+        hints.append("format: %s" % form)
+    if kind == "string" and _is_text(schema.get("pattern")):
+        node["pattern"] = schema["pattern"]
+    for key in ("minimum", "maximum") if kind in ("integer", "number") else ():
+        if type(schema.get(key)) in (int, float) and abs(schema[key]) < 1 << 53:
+            node[key] = schema[key]
 
 
 def _is_text(value: Any) -> bool:
@@ -1896,29 +1875,7 @@ def _list(schema: Json, key: str) -> List[Any]:
 def _any_value() -> Json:
     """What a node without a type becomes: Gemini wants to be told one, or several."""
     return {"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"},
-                      {"type": "object"},
-                      {"type": "array", "items": {"type": "string"}}]}
-
-
-def _resolved(schema: Json, place: _Place) -> Tuple[Json, _Place]:
-    """Put local `$ref`s and `allOf` members into the node itself; a cycle becomes an object."""
-    while isinstance(schema.get("$ref"), str) and place.left[0] > 0:
-        place.left[0] -= 1
-        ref = schema["$ref"]
-        schema = {key: value for key, value in schema.items() if key != "$ref"}
-        target = _pointed(place.document, ref)
-        if target is None or ref in place.refs:
-            hint = "same form as %s" % (ref.rpartition("/")[2].strip("#") or "the whole")
-            return dict({"type": "object", "description": hint}, **schema), place
-        schema = dict(target, **schema)
-        place = _Place(place.document, place.refs + (ref,), place.depth, place.left)
-    for member in _list(schema, "allOf"):
-        place.left[0] -= 1
-        if isinstance(member, dict) and place.depth < MAX_SCHEMA_DEPTH and place.left[0] > 0:
-            member, _ = _resolved(member, place.deeper())
-            schema = _joined({key: value for key, value in schema.items() if key != "allOf"},
-                             member)
-    return schema, place
+                      {"type": "object"}, {"type": "array", "items": {"type": "string"}}]}
 
 
 def _pointed(document: Json, ref: str) -> Optional[Json]:
@@ -1968,90 +1925,6 @@ def _json_type(value: Any) -> str:
             list: "array"}.get(type(value), "null")
 
 
-def _union(schema: Json, types: Sequence[str], branches: Sequence[Any], place: _Place) -> Json:
-    """Several types, or anyOf/oneOf -> anyOf, with what stood beside it put into each branch."""
-    outer = {key: value for key, value in schema.items()
-             if key not in ("anyOf", "oneOf", "description", "title", "default")}
-    if branches:
-        inner = [_joined(branch, outer) if isinstance(branch, dict) else branch
-                 for branch in branches if branch is not False]
-    else:
-        inner = [dict(outer, type=kind, nullable=False) for kind in types]
-    nodes: List[Json] = []
-    for branch in inner:
-        node = _schema_node(branch, place.deeper())
-        nodes += [flat for flat in (node["anyOf"] if set(node) == {"anyOf"} else [node])
-                  if flat not in nodes]
-    if len(nodes) < 2:
-        return nodes[0] if nodes else _any_value()
-    return {"anyOf": nodes}
-
-
-def _typed_node(schema: Json, kind: str, place: _Place, hints: List[str]) -> Json:
-    """A node of one type, with the keywords that this type may have."""
-    node: Json = {"type": kind}
-    if kind == "object":
-        _object_keywords(schema, node, place)
-    elif kind == "array":
-        node["items"] = _items(schema, place)
-    elif kind != "null":
-        _scalar_keywords(schema, node, hints)
-    for key in _LENGTHS.get(kind, ()):
-        if type(schema.get(key)) is int and 0 <= schema[key] < 1 << 31:
-            node[key] = schema[key]
-    return node
-
-
-def _object_keywords(schema: Json, node: Json, place: _Place) -> None:
-    if isinstance(schema.get("properties"), dict):
-        node["properties"] = _schema_map(schema["properties"], place)
-    required = [name for name in _list(schema, "required") if isinstance(name, str)
-                and name in node.get("properties", ())]
-    if required:
-        node["required"] = list(OrderedDict.fromkeys(required))
-    extra = schema.get("additionalProperties")
-    if isinstance(extra, (bool, dict)):
-        known = isinstance(extra, bool)
-        node["additionalProperties"] = extra if known else _schema_node(extra, place.deeper())
-
-
-def _schema_map(properties: Json, place: _Place) -> Json:
-    """A map of names to schemas: its keys are names, whatever they look like."""
-    return {name: _schema_node(prop, place.deeper()) for name, prop in properties.items()}
-
-
-def _items(schema: Json, place: _Place) -> Json:
-    """Gemini wants one schema for all items; the members of a tuple become alternatives."""
-    items = schema.get("items")
-    members = _list(schema, "prefixItems") or _list(schema, "items")
-    if members:
-        return _union({}, (), members + [items] * isinstance(items, dict), place)
-    return _schema_node(items, place.deeper())
-
-
-def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
-    """enum, format, pattern and bounds; other values than Gemini's enum takes are told."""
-    values = _values(schema)
-    texts = [value for value in values if _is_text(value)] if node["type"] == "string" else []
-    if texts:
-        node["enum"] = list(OrderedDict.fromkeys(texts))
-    if "" in values and node["type"] == "string":
-        hints.append('or "" (empty)')
-    elif values and not texts:
-        hints.append("one of: %s" % ", ".join(json.dumps(value) for value in values)[:500])
-    form = schema.get("format")
-    if form in _FORMATS.get(node["type"], ()):
-        node["format"] = form
-    elif _is_text(form):
-        hints.append("format: %s" % form)
-    if node["type"] == "string" and _is_text(schema.get("pattern")):
-        node["pattern"] = schema["pattern"]
-    for key in ("minimum", "maximum"):
-        if node["type"] in ("integer", "number") and type(schema.get(key)) in (int, float) \
-                and abs(schema[key]) < 1 << 53:
-            node[key] = schema[key]
-
-
 def strict_schema(node: Json) -> Json:
     """A cleaned schema -> the older `parameters` form: no null type, no object without properties.
 
@@ -2077,19 +1950,20 @@ def strict_schema(node: Json) -> Json:
     return out
 
 
+def with_declarations(body: Json, change: Callable[[Json], Json]) -> Json:
+    """The same request with each function declaration changed."""
+    tools = [{"functionDeclarations": [change(each) for each in tool["functionDeclarations"]]}
+             if "functionDeclarations" in tool else tool for tool in body.get("tools", ())]
+    return dict(body, tools=tools) if tools else body
+
+
 def with_strict_tools(body: Json) -> Json:
     """The same request with the older `parameters`, for upstreams without parametersJsonSchema."""
-    tools = []
-    for tool in body.get("tools", ()):
-        declared = []
-        for function in tool.get("functionDeclarations", ()):
-            schema = function.get("parametersJsonSchema") or {}
-            function = {key: function[key] for key in ("name", "description") if key in function}
-            if schema.get("properties"):
-                function["parameters"] = strict_schema(schema)
-            declared.append(function)
-        tools.append({"functionDeclarations": declared} if declared else tool)
-    return dict(body, tools=tools) if tools else body
+    def strict(function: Json) -> Json:
+        schema = function.get("parametersJsonSchema") or {}
+        out = {key: function[key] for key in ("name", "description") if key in function}
+        return dict(out, parameters=strict_schema(schema)) if schema.get("properties") else out
+    return with_declarations(body, strict)
 
 
 def with_plain_tools(body: Json) -> Json:
@@ -2105,13 +1979,9 @@ def with_plain_tools(body: Json) -> Json:
         return {key: plain(value, key == "properties" and not is_map) for key, value in node.items()
                 if is_map or key not in limits}
 
-    tools = []
-    for tool in body.get("tools", ()):
-        declared = [{key: plain(value) if key.startswith("parameters") else value
-                     for key, value in function.items()}
-                     for function in tool.get("functionDeclarations", ())]
-        tools.append({"functionDeclarations": declared} if declared else tool)
-    return dict(body, tools=tools) if tools else body
+    return with_declarations(body, lambda function: {
+        key: plain(value) if key.startswith("parameters") else value
+        for key, value in function.items()})
 
 
 def without_thinking_config(body: Json) -> Json:
@@ -2132,8 +2002,7 @@ def with_dummy_signatures(body: Json) -> Json:
     contents = []
     for content in body["contents"]:
         parts = [{k: v for k, v in part.items() if k != "thoughtSignature"}
-                 for part in content["parts"]
-                 if not part.get("thought")]
+                 for part in content["parts"] if not part.get("thought")]
         first = next((part for part in parts if "functionCall" in part), None)
         if first:
             first["thoughtSignature"] = DUMMY_SIGNATURE
@@ -2141,59 +2010,71 @@ def with_dummy_signatures(body: Json) -> Json:
     return dict(body, contents=contents)
 
 
+# What a 400 of Gemini's says -> (name for the log, the change that may help), each tried once.
+GEMINI_REPAIRS = (
+    (r"include_?server_?side_?tool", "includeServerSideToolInvocations", without_invocations),
+    (r"thinking", "thinkingConfig", without_thinking_config),
+    (r"thought.?signature", "thought signatures", with_dummy_signatures),
+    (r"parameters_?json_?schema|nesting depth|function_declarations.*parameters", "JSON Schema",
+     with_strict_tools),
+    (r"too many states|nesting depth|schema", "limits in schemas", with_plain_tools),
+)
+
+
+def gemini_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
+    """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
+    for pattern, name, change in GEMINI_REPAIRS:
+        if re.search(pattern, message, re.IGNORECASE):
+            yield name, change(body)
+
+
 # ---- 7. OpenAI chat completions, as another Gemini (pure) -----------------------------------
 
 # https://platform.openai.com/docs/api-reference/chat, https://openrouter.ai/docs (both read
 # 2026-11-21), and recorded exchanges. What such an upstream wants back with a tool call (encrypted
 # reasoning, its own id of the call) is kept like a thought signature, as base64 behind a mark.
-OPENAI_FINISH = MappingProxyType({"stop": "STOP", "length": "MAX_TOKENS", "tool_calls": "STOP",
-                                  "function_call": "STOP", "content_filter": "SAFETY",
-                                  "eos": "STOP", "model_length": "MAX_TOKENS"})
-OPENAI_CHOICES = MappingProxyType({"auto": "auto", "any": "required", "none": "none"})
+OPENAI_FINISH = {"stop": "STOP", "eos": "STOP", "tool_calls": "STOP", "function_call": "STOP",
+                 "length": "MAX_TOKENS", "model_length": "MAX_TOKENS", "content_filter": "SAFETY"}
+OPENAI_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+OPENAI_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "stop_sequences": "stop"}
 
 
-def to_openai(request: Json, model: str, config: Config,
-              lookup: Callable[[str], Optional[str]] = lambda key: None,
-              declare: Optional[Callable[[Json], Json]] = None,
-              dialect: str = "other") -> Translation:
+def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
+              declare: Optional[Declare] = None, dialect: str = "other") -> Translation:
     """Translate a checked Messages request into a chat.completions body.
 
     The history is repaired as for Gemini: it is made from the same contents. `dialect` is
     openrouter, openai (OpenAI's own server) or other. Otherwise as to_gemini.
     """
-    rule = ModelRule(*OPENAI_RULE)
-    history = History(rule, lookup, _OPENAI_NAME)
-    notes: List[str] = []
-    system, turns = to_turns(request, history)
-    history.session = session_hash(turns)
-    contents = to_contents(turns, history)
-    tools = offered_tools(request, history)
+    t = Translation(OPENAI_RULE, lookup, _OPENAI_NAME)
+    system, contents, tools = read_history(request, t)
+    functions, built_in = declared_tools(tools, t, declare or declaration)
     system += search_hints(tools)
-    functions, built_in = declared_tools(tools, rule, notes, declare or declaration)
-    names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
-    body: Json = {"model": model, "messages": openai_messages(system, contents, dialect),
-                  "max_completion_tokens" if dialect == "openai" else "max_tokens": limit}
+    t.body = {"model": model, "messages": openai_messages(system, contents, dialect),
+              "max_completion_tokens" if dialect == "openai" else "max_tokens": limit,
+              **openai_reasoning(request, t, dialect, limit), **sampling(request, OPENAI_SAMPLING)}
     if functions:
-        body["tools"] = [{"type": "function", "function": {
+        t.names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
+        t.body["tools"] = [{"type": "function", "function": {
             "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
             "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
-        body.update(openai_choice(request.get("tool_choice") or {}, names))
+        t.body.update(openai_choice(request.get("tool_choice") or {}, t.names))
     elif built_in == ["googleSearch"] and dialect == "openrouter":
-        body["plugins"] = [{"id": "web"}]
+        t.body["plugins"] = [{"id": "web"}]
     elif built_in:
-        notes.append("left out %s: this upstream has no such tool" % ", ".join(built_in))
-    thinking, fields = openai_reasoning(request, history.effort, dialect, limit)
-    body.update(fields, **openai_sampling(request, dialect))
+        t.notes.append("dropped %s: this upstream has no such tool" % ", ".join(built_in))
+    _, answer = answer_format(request, False, t.rule)
+    if answer:
+        t.body["response_format"] = {"type": "json_schema", "json_schema": {
+            "name": "answer", "schema": answer["responseJsonSchema"]}}
     if dialect == "openai":
-        body["prompt_cache_key"] = history.session
+        t.body["prompt_cache_key"] = t.session
+    elif request.get("top_k") is not None:
+        t.body["top_k"] = request["top_k"]
     if dialect == "openrouter" and "anthropic/" in model:
-        mark_cache(body["messages"])
-    return Translation(
-        body, names, {tool["name"]: tool.get("input_schema") for _, tool in functions},
-        history.session, thinking,
-        bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use")),
-        history.signatures, notes, history.media, history.media_bytes)
+        mark_cache(t.body["messages"])
+    return t
 
 
 def openai_dialect(upstream: str, config: Config) -> str:
@@ -2204,34 +2085,33 @@ def openai_dialect(upstream: str, config: Config) -> str:
 
 def openai_messages(system: Sequence[str], contents: Sequence[Json], dialect: str) -> List[Json]:
     """System texts and Gemini contents -> messages; tool results directly follow their calls."""
-    messages: List[Json] = []
-    used: set = set()
-    if system:
-        messages.append({"role": "system", "content": "\n\n".join(system)})
+    messages = [{"role": "system", "content": "\n\n".join(system)}] if system else []
+    returned: set = set()
     for content in contents:
         if content["role"] == "model":
-            messages.append(openai_assistant(content["parts"], dialect, used))
+            messages.append(openai_assistant(content["parts"], dialect, returned))
         else:
             messages += openai_user(content["parts"], dialect)
     return messages
 
 
-def openai_assistant(parts: Sequence[Json], dialect: str, used: set) -> Json:
+def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json:
     """Parts of a model turn -> one message. Without text its `content` is empty, as templates of
     small servers fail on a message that has none, and nobody takes null. Equal texts share what was
-    kept with the first; it goes back once (`used`)."""
+    kept with the first; it goes back once (`returned`)."""
     message: Json = {"role": "assistant"}
     texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
     calls = []
     for part in parts:
         signature = part.get("thoughtSignature") or ""
         call = part.get("functionCall")
-        kept = kept_fields(signature, dialect) if call or signature not in used else {}
-        used.add(signature)
+        kept = kept_fields(signature, dialect) if call or signature not in returned else {}
+        returned.add(signature)
         if call:
             calls.append({"id": openai_id(call["id"], dialect), "type": "function", "function": {
                 "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
-            calls[-1].update((k, kept.pop(k)) for k in ("extra_content",) if k in kept)
+            if "extra_content" in kept:
+                calls[-1]["extra_content"] = kept.pop("extra_content")
         message.update(kept)
     if texts or not calls or dialect == "other":
         message["content"] = "\n\n".join(texts)
@@ -2240,28 +2120,27 @@ def openai_assistant(parts: Sequence[Json], dialect: str, used: set) -> Json:
     return message
 
 
-def openai_id(call_id_: str, dialect: str) -> str:
+def openai_id(id_: str, dialect: str) -> str:
     """A call's id; OpenAI takes 40 characters, and only its own are never longer."""
-    fits = dialect != "openai" or len(call_id_) <= 40
-    return call_id_ if fits else "call_" + short_hash(call_id_)
+    return id_ if dialect != "openai" or len(id_) <= 40 else "call_" + short_hash(id_)
 
 
 def openai_user(parts: Sequence[Json], dialect: str) -> List[Json]:
     """Parts of a user turn -> its tool messages, then one user message with all the rest."""
     messages: List[Json] = []
-    rest: List[Json] = []
+    others: List[Json] = []
     for part in parts:
-        response = part.get("functionResponse")
-        if response:
-            (kind, text), = response["response"].items()
-            messages.append({"role": "tool", "tool_call_id": openai_id(response["id"], dialect),
-                             "content": "Error: " + text if kind == "error" else text})
-        else:
-            rest.append(openai_part(part, dialect))
-    if any(part["type"] != "text" for part in rest):
-        messages.append({"role": "user", "content": rest})
-    elif rest:  # small servers' templates take nothing but strings
-        messages.append({"role": "user", "content": "\n\n".join(part["text"] for part in rest)})
+        if "functionResponse" not in part:
+            others.append(openai_part(part, dialect))
+            continue
+        response = part["functionResponse"]
+        (kind, text), = response["response"].items()
+        messages.append({"role": "tool", "tool_call_id": openai_id(response["id"], dialect),
+                         "content": "Error: " + text if kind == "error" else text})
+    if any(part["type"] != "text" for part in others):
+        messages.append({"role": "user", "content": others})
+    elif others:  # small servers' templates take nothing but strings
+        messages.append({"role": "user", "content": "\n\n".join(part["text"] for part in others)})
     return messages
 
 
@@ -2269,16 +2148,21 @@ def openai_part(part: Json, dialect: str) -> Json:
     """A text, image or PDF as a part of a user message; PDFs as a note where nobody takes them."""
     if "text" in part:
         return {"type": "text", "text": part["text"]}
-    inline, file = part.get("inlineData") or {}, part.get("fileData") or {}
-    mime = str(inline.get("mimeType") or file.get("mimeType"))
-    url = file.get("fileUri") or "data:%s;base64,%s" % (mime, inline.get("data"))
+    medium = part.get("inlineData") or part["fileData"]
+    mime, data, uri = medium["mimeType"], medium.get("data", ""), medium.get("fileUri")
+    url = uri or "data:%s;base64,%s" % (mime, data)
     if mime.startswith("image/"):
         return {"type": "image_url", "image_url": {"url": url}}
     if dialect != "other":
         return {"type": "file", "file": {"filename": "document.pdf", "file_data": url}}
-    shown = file.get("fileUri") or "%d bytes" % (len(inline.get("data") or "") * 3 // 4)
     return {"type": "text", "text": "[A document (%s, %s) that this server cannot read.]"
-                                    % (mime, shown)}
+                                    % (mime, uri or "%d bytes" % (len(data) * 3 // 4))}
+
+
+def kept_signature(fields: Json, dialect: str) -> str:
+    """Fields of an assistant message that must come back with it, as a signature."""
+    kept = dump_json(dict(fields, **{"for": dialect}))
+    return OPENAI_MARK + base64.urlsafe_b64encode(kept).decode("ascii")
 
 
 def kept_fields(signature: str, dialect: str) -> Json:
@@ -2292,56 +2176,32 @@ def kept_fields(signature: str, dialect: str) -> Json:
     return kept if isinstance(kept, dict) and kept.pop("for", "") == dialect else {}
 
 
-def kept_signature(fields: Json, dialect: str) -> str:
-    """Fields of an assistant message that must come back with it, as a signature."""
-    kept = dump_json(dict(fields, **{"for": dialect}))
-    return OPENAI_MARK + base64.urlsafe_b64encode(kept).decode("ascii")
-
-
 def openai_choice(choice: Json, names: Mapping[str, str]) -> Json:
     """tool_choice -> fields of the body; a choice that names no offered tool leaves all free."""
     function_calling(choice, {})  # for its checks
-    fields: Json = {}
     kind, name = choice.get("type"), short_name(str(choice.get("name")), _OPENAI_NAME)
+    fields: Json = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
     if kind == "tool" and name in names:
         fields["tool_choice"] = {"type": "function", "function": {"name": name}}
     elif kind in OPENAI_CHOICES:
         fields["tool_choice"] = OPENAI_CHOICES[kind]
-    if choice.get("disable_parallel_tool_use"):
-        fields["parallel_tool_calls"] = False
     return fields
 
 
-def openai_reasoning(request: Json, message_effort: str, dialect: str,
-                     limit: int) -> Tuple[str, Json]:
-    """thinking and effort -> ("", "shown" or "omitted", fields of the body)"""
+def openai_reasoning(request: Json, t: Translation, dialect: str, limit: int) -> Json:
+    """thinking and effort -> fields of the body; also sets `t.thinking`."""
     thinking = request.get("thinking") or {}
     off = thinking.get("type", "disabled") == "disabled"
-    mode = "" if off else "omitted" if thinking.get("display") == "omitted" else "shown"
-    effort = message_effort or (request.get("output_config") or {}).get("effort")
-    level = EFFORT_LEVELS.get(effort, "").lower() if isinstance(effort, str) else ""
+    t.thinking = "" if off else "omitted" if thinking.get("display") == "omitted" else "shown"
+    level = EFFORT_LEVELS.get(asked_effort(request, t), "").lower()
     budget = thinking.get("budget_tokens")
     if dialect != "openrouter":
-        return mode, {"reasoning_effort": level} if level and not off else {}
+        return {"reasoning_effort": level} if level and not off else {}
     if off:
-        return mode, {"reasoning": {"enabled": False}}
+        return {"reasoning": {"enabled": False}}
     if level or not isinstance(budget, int):
-        return mode, {"reasoning": {"effort": level} if level else {"enabled": True}}
-    return mode, {"reasoning": {"max_tokens": max(1024, min(budget, limit - 1024))}}
-
-
-def openai_sampling(request: Json, dialect: str) -> Json:
-    """Sampling, stops and the form of the answer."""
-    fields = {target: request[name] for name, target in (
-        ("temperature", "temperature"), ("top_p", "top_p"), ("stop_sequences", "stop"))
-        if request.get(name) not in (None, [])}
-    if request.get("top_k") is not None and dialect != "openai":
-        fields["top_k"] = request["top_k"]
-    _, answer = answer_format(request, False, ModelRule(*OPENAI_RULE))
-    if answer:
-        fields["response_format"] = {"type": "json_schema", "json_schema": {
-            "name": "answer", "schema": answer["responseJsonSchema"]}}
-    return fields
+        return {"reasoning": {"effort": level} if level else {"enabled": True}}
+    return {"reasoning": {"max_tokens": max(1024, min(budget, limit - 1024))}}
 
 
 def mark_cache(messages: List[Json]) -> None:
@@ -2364,57 +2224,55 @@ class ChunksFromOpenAI:
         self._dialect = dialect
         self._calls: List[Json] = []
         self._by_index: Dict[Any, Json] = {}
-        self._kept: Json = {}
+        self._kept: Json = {}  # what must come back with the answer
         self._refuses = self._streams = self._finished = False
 
     def feed(self, chunk: Json) -> Json:
-        with _known_form():
-            return self._feed(chunk)
+        with malformed_chunks():
+            choice = next((c for c in chunk.get("choices") or () if not c.get("index")), {})
+            delta = choice.get("delta") or {}
+            self._streams = self._streams or bool(delta)
+            if not self._streams:  # some end a stream with the whole message, too
+                delta = choice.get("message") or {}
+            self._refuses = self._refuses or bool(delta.get("refusal"))
+            candidate: Json = {"content": {"parts": self._parts(delta)}}
+            if choice.get("finish_reason") and not self._finished:
+                self._finished = True
+                self._finish(choice["finish_reason"], candidate)
+            sources = openai_sources(delta.get("annotations") or ())
+            candidate.update({"groundingMetadata": sources} if sources else {})
+            usage = openai_usage(chunk.get("usage") or choice.get("usage"))
+        return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
 
     def end(self) -> List[Json]:
         """What is left when the stream ends without a finish_reason."""
-        with _known_form():
-            parts, malformed = self._take_calls()
-        candidate: Json = {"content": {"parts": parts}}
+        candidate: Json = {"content": {"parts": []}}
+        with malformed_chunks():
+            malformed = self._take_calls(candidate["content"]["parts"])
         if malformed:
             candidate.update(finishReason="MALFORMED_FUNCTION_CALL", finishMessage=malformed)
-        return [{"candidates": [candidate]}] if parts or malformed else []
-
-    def _feed(self, chunk: Json) -> Json:
-        choice = next((c for c in chunk.get("choices") or () if not c.get("index")), {})
-        self._streams = self._streams or bool(choice.get("delta"))
-        delta = choice.get("delta") or {}
-        if not self._streams:  # some end a stream with the whole message, too
-            delta = choice.get("message") or {}
-        self._refuses = self._refuses or bool(delta.get("refusal"))
-        candidate: Json = {"content": {"parts": self._parts(delta)}}
-        if choice.get("finish_reason") and not self._finished:
-            self._finished = True
-            candidate["content"]["parts"] += self._finish(choice["finish_reason"], candidate)
-        sources = openai_sources(delta.get("annotations") or ())
-        candidate.update({"groundingMetadata": sources} if sources else {})
-        usage = openai_usage(chunk.get("usage") or choice.get("usage") or {})
-        return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
+        return [{"candidates": [candidate]}] if malformed or candidate["content"]["parts"] else []
 
     def _parts(self, delta: Json) -> List[Json]:
         """What can go on at once."""
-        parts = self._reasoning(delta)
-        parts += [{"text": text} for text in openai_texts(delta.get("content"))]
-        parts += [{"text": delta["refusal"]}] if delta.get("refusal") else []
+        content = delta.get("content")
+        texts = [content] if isinstance(content, str) else [
+            part["text"] for part in content or () if part.get("type") == "text"]
+        texts.append(delta.get("refusal"))
+        parts = self._reasoning(delta) + [{"text": text} for text in texts if text]
         parts += [{"fileData": {"mimeType": "image", "fileUri": image["image_url"]["url"]}}
                   for image in delta.get("images") or ()]
         for call in delta.get("tool_calls") or ():
             self._tool_call(call)
         return parts
 
-    def _finish(self, finish: str, candidate: Json) -> List[Json]:
-        """-> the calls; why the answer ended goes into the candidate."""
+    def _finish(self, finish: str, candidate: Json) -> None:
+        """Complete the last candidate: its calls, and why the answer ended."""
         reason = "REFUSAL" if self._refuses else OPENAI_FINISH.get(finish, finish.upper())
-        calls, malformed = self._take_calls()
+        malformed = self._take_calls(candidate["content"]["parts"])
         if malformed and reason != "MAX_TOKENS":
             reason, candidate["finishMessage"] = "MALFORMED_FUNCTION_CALL", malformed
         candidate["finishReason"] = reason
-        return calls
 
     def _reasoning(self, delta: Json) -> List[Json]:
         """Reasoning -> thought parts, and what of it has to come back."""
@@ -2428,20 +2286,20 @@ class ChunksFromOpenAI:
         return [{"text": text, "thought": True}] if text else []
 
     def _tool_call(self, delta: Json) -> None:
-        """Add a piece of a call: by its index, unless a name comes with another id, or behind whole
-        arguments: that is another call."""
+        """Add a piece of a call to the one of its index. It begins another call if it has a name
+        and either another id, another name, or comes behind whole arguments."""
         function = delta.get("function") or {}
         id_, name = str(delta.get("id") or ""), function.get("name") or ""
         if not isinstance(name, str):
             raise TypeError("a name that is no string")
-        call = self._by_index.get(delta.get("index"))
         arguments = function.get("arguments") or ""
-        if call and name:
-            other = id_ and call["id"] and id_ != call["id"]
-            whole = not id_ and arguments and openai_arguments("".join(call["arguments"]))
-            call = None if other or whole or call["name"] not in ("", name) else call
+        call = self._by_index.get(delta.get("index"))
+        if call and name and (
+                id_ and call["id"] not in ("", id_) or call["name"] not in ("", name)
+                or not id_ and arguments and openai_arguments("".join(call["arguments"]))):
+            call = None
         if call is None:
-            call = {"id": id_, "name": "", "arguments": [], "extra": None}
+            call = {"id": "", "name": "", "arguments": [], "extra": None}
             self._calls.append(call)
             self._by_index[delta.get("index")] = call
         call["id"], call["name"] = call["id"] or id_, call["name"] or name
@@ -2449,11 +2307,13 @@ class ChunksFromOpenAI:
                                  else dump_json(arguments).decode("ascii"))
         call["extra"] = delta.get("extra_content") or call["extra"]
 
-    def _take_calls(self) -> Tuple[List[Json], str]:
-        """-> (the calls as parts, what is wrong with one that cannot be read)"""
+    def _take_calls(self, parts: List[Json]) -> str:
+        """Add the calls to parts -> what is wrong with one that cannot be read."""
         calls, self._calls, self._by_index = self._calls, [], {}
-        parts: List[Json] = []
+        kept, self._kept = self._kept, {}
         malformed = ""
+        if not calls and kept.get("reasoning_details"):
+            parts.append({"text": "", "thoughtSignature": kept_signature(kept, self._dialect)})
         for call in calls:
             text = "".join(call["arguments"])
             args = openai_arguments(text)
@@ -2464,23 +2324,13 @@ class ChunksFromOpenAI:
             if call["id"]:
                 part["callId"] = base64.urlsafe_b64encode(
                     call["id"][:200].encode("utf-8", "replace")).decode("ascii").rstrip("=")
-            kept = dict(self._kept) if not parts else {}
-            kept.update({"extra_content": call["extra"]} if call["extra"] else {})
+            if call["extra"]:
+                kept = dict(kept, extra_content=call["extra"])
             if kept:
                 part["thoughtSignature"] = kept_signature(kept, self._dialect)
+            kept = {}  # it goes with the first call
             parts.append(part)
-        if not calls and self._kept.get("reasoning_details"):
-            parts.append({"text": "", "thoughtSignature": kept_signature(self._kept,
-                                                                         self._dialect)})
-        self._kept = {}
-        return parts, malformed
-
-
-def openai_texts(content: Any) -> List[str]:
-    """The texts of a delta's `content`: a string, a list of parts, or null."""
-    if isinstance(content, list):
-        return [part["text"] for part in content if part.get("type") == "text" and part["text"]]
-    return [content] if content else []
+        return malformed
 
 
 def openai_arguments(text: str) -> Optional[Json]:
@@ -2512,59 +2362,64 @@ def join_details(kept: List[Json], details: Sequence[Json]) -> None:
 def openai_sources(annotations: Sequence[Json]) -> Json:
     """url_citation annotations -> groundingMetadata"""
     cited = [a["url_citation"] for a in annotations if a.get("type") == "url_citation"]
-    if not cited:
-        return {}
     return {"groundingChunks": [{"web": {"uri": c.get("url"), "title": c.get("title")}}
                                 for c in cited],
             "groundingSupports": [{"groundingChunkIndices": [i],
                                    "segment": {"text": c.get("content") or ""}}
-                                  for i, c in enumerate(cited)]}
+                                  for i, c in enumerate(cited)]} if cited else {}
 
 
 def openai_usage(usage: Any) -> Json:
     """usage -> usageMetadata, with OpenRouter's cost. Reasoning is a part of the completion, unless
     the numbers tell that it is not."""
-    def number(holder: str, name: str) -> Any:
-        place = usage.get(holder) if holder else usage
-        value = place.get(name) if isinstance(place, dict) else 0
-        return value if type(value) in (int, float) else 0
     if not usage or not isinstance(usage, dict):
         return {}
-    prompt, completion = number("", "prompt_tokens"), number("", "completion_tokens")
-    thoughts = number("completion_tokens_details", "reasoning_tokens")
-    if thoughts <= completion and number("", "total_tokens") != prompt + completion + thoughts:
+
+    def number(name: str, holder: Any = usage) -> Any:
+        value = holder.get(name) if isinstance(holder, dict) else 0
+        return value if type(value) in (int, float) else 0
+
+    prompt, completion = number("prompt_tokens"), number("completion_tokens")
+    thoughts = number("reasoning_tokens", usage.get("completion_tokens_details"))
+    if thoughts <= completion and number("total_tokens") != prompt + completion + thoughts:
         completion -= thoughts
     counts = {"promptTokenCount": prompt, "candidatesTokenCount": completion,
-              "cachedContentTokenCount": number("prompt_tokens_details", "cached_tokens")
-              or number("", "prompt_cache_hit_tokens"), "thoughtsTokenCount": thoughts}
+              "thoughtsTokenCount": thoughts, "cachedContentTokenCount":
+              number("cached_tokens", usage.get("prompt_tokens_details"))
+              or number("prompt_cache_hit_tokens")}
     if "cost" in usage:  # with a key of the user's own it is OpenRouter's fee alone
-        own = number("cost_details", "upstream_inference_cost") if usage.get("is_byok") else 0
-        counts["cost"] = number("", "cost") + own
+        inference = number("upstream_inference_cost", usage.get("cost_details"))
+        counts["cost"] = number("cost") + (inference if usage.get("is_byok") else 0)
     return counts
 
 
 LIMITS = ("max_tokens", "max_completion_tokens")
 # What a 400 may complain of that an answer can do without.
-LUXURIES = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p", "top_k",
-            "parallel_tool_calls", "prompt_cache_key", "response_format", "tool_choice", "stop")
+OPTIONAL_FIELDS = ("stream_options", "reasoning", "reasoning_effort", "temperature", "top_p",
+                   "top_k", "parallel_tool_calls", "prompt_cache_key", "response_format",
+                   "tool_choice", "stop")
 _REFUSES = re.compile(r"(?i)unsupported|not support|unrecognized|unknown|unexpected|mandatory|only"
                       r"|not (?:allowed|permitted)|extra (?:inputs|fields)|may not|cannot"
                       r"|incompatible|unavailable|deprecated|invalid for")
 _AT_MOST = re.compile(r"(?i)(?:at most|less than or equal to|maximum (?:value )?is|<=|range of "
                       r"max_\w+ (?:is|should be) \[\d+,|\d >) ?[`'\"]?(\d{1,9})")
 _NO_USER_AFTER_TOOL = re.compile(r"(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool")
+_NO_MEDIA = re.compile(r"(?i)content (?:blocks|part|type)"
+                       r"|\b(?:image|images|file|multimodal|vision)\b")
 
 
 def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
     """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
     limit = next((name for name in LIMITS if name in body), "")
-    room, most = _OVERFLOW.search(message), _AT_MOST.search(message)
-    if limit in message and limit and _REFUSES.search(message) and not most:
+    overflow, most = _OVERFLOW.search(message), _AT_MOST.search(message)
+    refuses = _REFUSES.search(message)
+    if limit and limit in message and refuses and not most:
         yield limit, without_field(body, limit)
-    elif room or (most and "token" in message):
-        lower = int(most.group(1)) if most else overflow_room(room)
+    elif overflow or (most and "token" in message):
+        context, prompt = overflow_numbers(overflow) if overflow else (0, 0)
+        lower = int(most.group(1)) if most else context - prompt - 16
         yield "a larger " + limit, dict(body, **{limit: max(1, min(lower, body.get(limit, lower)))})
-    for name in LUXURIES if _REFUSES.search(message) else ():
+    for name in OPTIONAL_FIELDS if refuses else ():
         if name in body and re.search(r"(?i)\b%s\b" % name, message):
             yield name, without_field(body, name)
     if "reasoning_content" in message:
@@ -2573,15 +2428,16 @@ def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
             for message_ in body["messages"]])
     if _NO_USER_AFTER_TOOL.search(message):
         yield "a text after tools", dict(body, messages=users_into_tools(body["messages"]))
-    if re.search(r"(?i)content (?:blocks|part|type)|\b(?:image|images|file|multimodal|vision)\b",
-                 message):
-        yield "media", without_field(body, "media")
+    if _NO_MEDIA.search(message):
+        yield "media", dict(body, messages=[without_media(each) for each in body["messages"]])
 
 
-def overflow_room(overflow: Any) -> int:
-    """How many tokens an answer may have, by an error that names the context and the prompt."""
-    limit, tokens = overflow_numbers(overflow)
-    return max(1, limit - tokens - 16)
+def without_field(body: Json, name: str) -> Json:
+    """A body without a field that was refused; a limit goes into the other field for it."""
+    out = {key: value for key, value in body.items() if key != name}
+    if name in LIMITS:
+        out[LIMITS[1 - LIMITS.index(name)]] = body[name]
+    return out
 
 
 def users_into_tools(messages: Sequence[Json]) -> List[Json]:
@@ -2596,46 +2452,31 @@ def users_into_tools(messages: Sequence[Json]) -> List[Json]:
     return out
 
 
-def without_field(body: Json, name: str) -> Json:
-    """A chat.completions body without a field that was refused, or with what stands for it."""
-    body = dict(body)
-    if name == "media":
-        body["messages"] = [without_media(message) for message in body["messages"]]
-        return body
-    value = body.pop(name, None)
-    other = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}.get(name)
-    if other and value is not None:
-        body[other] = value
-    return body
-
-
 def without_media(message: Json) -> Json:
     """A message of text alone, with a note in the place of each image and file."""
-    if not isinstance(message.get("content"), list):
-        return message
     notes = {"image_url": "[An image that this model cannot see.]",
              "file": "[A document that this model cannot see.]"}
-    return dict(message, content="\n\n".join(part.get("text") or notes[part["type"]]
-                                             for part in message["content"]))
+    content = message.get("content")
+    return message if not isinstance(content, list) else dict(message, content="\n\n".join(
+        part.get("text") or notes[part["type"]] for part in content))
 
 
 def without_own_thoughts(request: Json) -> Json:
     """A request without the thinking blocks that were made here: Anthropic refuses them."""
-    def is_own(block: Any) -> bool:
-        return isinstance(block, dict) and str(block.get("signature")).startswith(
-            (CALL_MARK, THOUGHT_MARK))
-    if not isinstance(request.get("messages"), list):
-        return request
-    messages = [dict(message, content=[b for b in message["content"] if not is_own(b)])
-                if isinstance(message, dict) and isinstance(message.get("content"), list)
-                else message for message in request["messages"]]
-    return dict(request, messages=[message for message in messages if not isinstance(message, dict)
-                                   or message.get("content") != []])
+    messages = []
+    for message in request["messages"] if isinstance(request.get("messages"), list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, list):
+            content = [block for block in content if not isinstance(block, dict) or not str(
+                block.get("signature")).startswith((CALL_MARK, THOUGHT_MARK))]
+            message = dict(message, content=content)
+        if content != []:
+            messages.append(message)
+    return dict(request, messages=messages) if "messages" in request else request
 
 
-def translated(request: Json, config: Config,
-               lookup: Callable[[str], Optional[str]] = lambda key: None,
-               declare: Optional[Callable[[Json], Json]] = None, model: str = "") -> Translation:
+def translated(request: Json, config: Config, lookup: Lookup = lambda key: None,
+               declare: Optional[Declare] = None, model: str = "") -> Translation:
     """A request in the form of the upstream that has the model (a full name)."""
     upstream, name = split_name(model)
     if upstream == "gemini":
@@ -2645,12 +2486,35 @@ def translated(request: Json, config: Config,
 
 # ---- 8. Gemini answer -> Anthropic events (pure) --------------------------------------------
 
+# finishReason -> stop_reason; those in no row end the turn, with a note of what Gemini called it.
+# https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20).
+STOP_REASONS = {"": "end_turn", "STOP": "end_turn", "MAX_TOKENS": "max_tokens",
+                "CONTINUATION": "max_tokens", **dict.fromkeys((
+                    "SAFETY", "REFUSAL", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "MODEL_ARMOR",
+                    "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT"), "refusal")}
+STOP_NOTES = {
+    "": "", "STOP": "", "MAX_TOKENS": "", "CONTINUATION": "", "REFUSAL": "",
+    "RECITATION": "The model stopped this answer: RECITATION (too close to a source).",
+    "MALFORMED_FUNCTION_CALL": "The model wrote a tool call that cannot be read. {}",
+    "UNEXPECTED_TOOL_CALL": "The model called a tool that was not offered. {}",
+    "MALFORMED_RESPONSE": "The model's answer was malformed. {}",
+}
+# The same enum by number, as `$alt=json;enum-encoding=int` sends it (recorded).
+FINISH_REASON_NAMES = ("", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE",
+                       "BLOCKLIST",
+                       "PROHIBITED_CONTENT", "SPII", "MALFORMED_FUNCTION_CALL", "IMAGE_SAFETY",
+                       "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
+# An answer that ends so with no text and no call is asked for again.
+ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
+                       "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
+
+
 class MessageEmitter:
     """Turns the chunks of one answer into the events of one message. One thread at a time.
 
-    start() gives message_start; feed(chunk) what a chunk adds; finish() the end. Blocks are
+    start() gives message_start; feed(chunks) what chunks add; finish() the end. Blocks are
     contiguous and one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is
-    called before the block that a signature belongs to is given out. When an answer was of no use,
+    called before the block that a signature belongs to is given out. When an answer was empty,
     `again()` lets the next one continue the same message.
     Source: https://docs.claude.com/en/api/messages-streaming (read 2026-11-20).
     """
@@ -2658,31 +2522,22 @@ class MessageEmitter:
     def __init__(self, requested_model: str, new_id: Callable[[str], str],
                  remember: Callable[[str, str], None], translation: Optional[Translation] = None,
                  input_tokens: int = 0, edits_wanted: bool = False) -> None:
-        self.requested_model = requested_model
-        self.finish_reason = ""
+        self.requested_model, self.input_tokens = requested_model, input_tokens
+        self._new_id, self._remember, self._edits_wanted = new_id, remember, edits_wanted
+        self.adopt(translation or Translation(model_rule(""), lambda key: None))
         self.answered = False        # a text or a call has been given out
         self.calls = 0
         self.usage: Json = {}
-        self.spent: List[Json] = []  # the usage of answers that were of no use
-        self._new_id = new_id
-        self._remember = remember
-        self._names: Dict[str, str] = {}
-        self._schemas: Dict[str, Any] = {}
-        self._session, self._thinking, self._single_call = "", "shown", False
-        if translation:
-            self.adopt(translation)
-        self.input_tokens = input_tokens
-        self._edits_wanted = edits_wanted
+        self.spent: List[Json] = []  # the usage of answers that were empty
+        self.finish_reason = self._finish_message = self._block_reason = ""
+        self._grounding: Json = {}
         self._out: List[Json] = []
         self._index = -1
         self._open = ""              # type of the open block
         self._texts: List[str] = []  # of the open text block
         self._signature = ""         # of the open text or thinking block
-        self._finish_message = ""
-        self._block_reason = ""
-        self._grounding: Json = {}
         self._seen_calls: set = set()
-        self._code_id = ""
+        self._code_id = ""           # of the code that waits for its result
 
     def adopt(self, translation: Translation) -> None:
         """Read answers as answers to this request; a fallback model may have got another one."""
@@ -2698,19 +2553,17 @@ class MessageEmitter:
             "stop_sequence": None, "stop_details": None, "container": None,
             "usage": full_usage(self.input_tokens)}}]
 
-    def feed(self, chunk: Json) -> List[Json]:
-        """One GenerateContentResponse -> events. Unknown parts and fields are passed over.
+    def feed(self, chunks: Iterable[Json]) -> List[Json]:
+        """GenerateContentResponses -> events. Unknown parts and fields are passed over.
 
         Raises ProxyError 500 for a chunk that is no such response.
         """
-        with _known_form():
-            return self._feed(chunk)
+        with malformed_chunks():
+            for chunk in chunks:
+                self._chunk(chunk)
+        return self._take()
 
-    def feed_all(self, chunks: Iterable[Json]) -> List[Json]:
-        """The events of chunks that arrived together."""
-        return [event for chunk in chunks for event in self.feed(chunk)]
-
-    def _feed(self, chunk: Json) -> List[Json]:
+    def _chunk(self, chunk: Json) -> None:
         self.usage.update((k, v) for k, v in (chunk.get("usageMetadata") or {}).items()
                           if v is not None)
         feedback = chunk.get("promptFeedback") or {}
@@ -2720,9 +2573,7 @@ class MessageEmitter:
             self._part(part)
         self.finish_reason = finish_name(candidate.get("finishReason")) or self.finish_reason
         self._finish_message = str(candidate.get("finishMessage") or self._finish_message)
-        if candidate.get("groundingMetadata"):
-            self._grounding = candidate["groundingMetadata"]
-        return self._take()
+        self._grounding = candidate.get("groundingMetadata") or self._grounding
 
     def again(self) -> None:
         """Forget how the last answer ended: another one follows in the same message."""
@@ -2731,12 +2582,12 @@ class MessageEmitter:
         self.usage = {}
 
     @property
-    def has_begun(self) -> bool:
+    def has_started(self) -> bool:
         """A block has been given out."""
         return self._index >= 0
 
     @property
-    def is_useless(self) -> bool:
+    def is_empty(self) -> bool:
         """Nothing was said or called, and asking again may help."""
         return not self.answered and not self._block_reason and self.finish_reason in ASK_AGAIN
 
@@ -2757,29 +2608,21 @@ class MessageEmitter:
             reason, note = "refusal", "The model refused this prompt: %s." % self._block_reason
         note = note.replace("{}", self._finish_message).strip()
         if not note and not self.answered:
-            note = "The model gave an empty answer."
-            if reason == "max_tokens":
-                note = ("The model used its whole limit to think; raise max_tokens or lower the "
-                        "effort.")
-        with _known_form():
+            note = ("The model used its whole limit to think; raise max_tokens or lower the effort."
+                    if reason == "max_tokens" else "The model gave an empty answer.")
+        with malformed_chunks():
             searches = self._sources()
         if note:
-            self._text("%s[%s]" % ("\n\n" if self._open == "text" else "", note))
+            self._paragraph("[%s]" % note)
         self._close()
-        details = None
-        if reason == "refusal":
-            details = {"type": "refusal", "category": None, "explanation": note}
+        refusal = {"type": "refusal", "category": None, "explanation": note}
         delta = {"type": "message_delta", "usage": self._total_usage(searches), "delta": {
-            "stop_reason": reason, "stop_sequence": None, "stop_details": details,
-            "container": None}}
+            "stop_reason": reason, "stop_sequence": None, "container": None,
+            "stop_details": refusal if reason == "refusal" else None}}
         if self._edits_wanted:
             delta["context_management"] = {"applied_edits": []}
         self._out += [delta, {"type": "message_stop"}]
         return self._take()
-
-    def _take(self) -> List[Json]:
-        out, self._out = self._out, []
-        return out
 
     def _part(self, part: Json) -> None:
         signature, text = part.get("thoughtSignature") or "", part.get("text") or ""
@@ -2792,13 +2635,14 @@ class MessageEmitter:
         elif "functionCall" in part:
             self._function_call(part["functionCall"], signature, part.get("callId") or "")
         elif "executableCode" in part:
-            self._code_id = self._new_id("srvtoolu_")
-            self._server_tool(self._code_id, "code_execution",
-                              {"code": part["executableCode"].get("code", "")})
+            self._code(part["executableCode"].get("code", ""))
         elif "codeExecutionResult" in part:
             self._code_result(part["codeExecutionResult"])
-        elif "inlineData" in part or "fileData" in part:
-            self._media(part)
+        elif "inlineData" in part or "fileData" in part:  # an answer has no block for it
+            data = part.get("inlineData") or part.get("fileData") or {}
+            mime = data.get("mimeType")
+            uri = data.get("fileUri") or "data:%s;base64,%s" % (mime, data.get("data"))
+            self._paragraph("![%s](%s)" % (mime, uri))
         if signature and "text" in part and self._open == "text" and not part.get("thought"):
             self._signature = signature
 
@@ -2807,10 +2651,10 @@ class MessageEmitter:
             return
         if self._open != "thinking" or (signature and self._signature):
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
+        shown = self._thinking == "shown"
         if text or not signature:
-            shown = text if self._thinking == "shown" else ""
-            self._delta({"type": "thinking_delta", "thinking": shown})
-        if signature and self._thinking == "shown":  # it goes back whole, or not at all
+            self._delta({"type": "thinking_delta", "thinking": text if shown else ""})
+        if signature and shown:  # it goes back whole, or not at all
             self._signature = THOUGHT_MARK + signature
 
     def _text(self, text: str) -> None:
@@ -2820,66 +2664,57 @@ class MessageEmitter:
         self._delta({"type": "text_delta", "text": text})
         self.answered = self.answered or not text.isspace()
 
-    def _function_call(self, call: Json, signature: str, call_id_: str) -> None:
+    def _paragraph(self, text: str) -> None:
+        self._text(("\n\n" if self._open == "text" else "") + text)
+
+    def _function_call(self, call: Json, signature: str, upstream_id: str) -> None:
         """Give out a call once. A signed one is preceded by a thinking block that carries its
         signature over a restart of the proxy, if the client has thinking on. An upstream that wants
         its own id back finds it in ours (`call_id`)."""
-        name = call.get("name")
-        args = call.get("args") or {}
+        name, args = call.get("name"), call.get("args") or {}
         if not isinstance(args, dict):
             raise TypeError("arguments that are no object")
-        if not name or (self._single_call and self.calls):
+        seen = (call.get("id"), name, json.dumps(args))
+        if not name or (self._single_call and self.calls) or seen in self._seen_calls:
             return
         if call.get("id"):
-            seen = (call["id"], name, json.dumps(args))
-            if seen in self._seen_calls:
-                return
             self._seen_calls.add(seen)
         if signature and self._thinking:
             if self._open != "thinking" or self._signature:
                 self._open_block({"type": "thinking", "thinking": "", "signature": ""})
             self._signature = CALL_MARK + signature
-        tool_use_id = self._new_id("toolu_") + ("_" + call_id_ if call_id_ else "")
+        tool_use_id = self._new_id("toolu_") + ("_" + upstream_id if upstream_id else "")
         if signature:
             self._remember(tool_use_id, signature)
         name = client_name(name, self._names)
-        self._open_block({"type": "tool_use", "id": tool_use_id, "name": name, "input": {},
-                          "caller": {"type": "direct"}})
-        args = repaired_arguments(args, self._schemas.get(name) or {})
+        args = repair_arguments(args, self._schemas.get(name) or {})
+        self._tool_use({"type": "tool_use", "id": tool_use_id, "name": name}, args)
+        self.calls += 1
+
+    def _tool_use(self, block: Json, args: Json) -> None:
+        """A whole call, of the client's tools or of the server's."""
+        self._open_block(dict(block, input={}, caller={"type": "direct"}))
         self._delta({"type": "input_json_delta", "partial_json": dump_json(args).decode("ascii")})
         self._close()
-        self.calls += 1
         self.answered = True
 
-    def _server_tool(self, id_: str, name: str, input_: Json) -> None:
-        self._open_block({"type": "server_tool_use", "id": id_, "name": name, "input": {},
-                          "caller": {"type": "direct"}})
-        self._delta({"type": "input_json_delta", "partial_json": dump_json(input_).decode("ascii")})
-        self._close()
-        self.answered = True
+    def _code(self, code: str) -> None:
+        self._code_id = self._new_id("srvtoolu_")
+        self._tool_use({"type": "server_tool_use", "id": self._code_id, "name": "code_execution"},
+                       {"code": code})
 
     def _code_result(self, result: Json) -> None:
-        ok = result.get("outcome") in ("OUTCOME_OK", 1)
         output = str(result.get("output") or "")
         if not self._code_id:  # a result without its code: every result must name a call
-            self._code_id = self._new_id("srvtoolu_")
-            self._server_tool(self._code_id, "code_execution", {"code": ""})
+            self._code("")
         content = {"type": "code_execution_result", "stdout": output, "stderr": "",
                    "return_code": 0, "content": []}
-        if not ok:
+        if result.get("outcome") not in ("OUTCOME_OK", 1):
             content.update(stdout="", stderr=output or str(result.get("outcome")), return_code=1)
         self._open_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
                           "caller": {"type": "direct"}, "content": content})
         self._close()
         self._code_id = ""
-        self.answered = True
-
-    def _media(self, part: Json) -> None:
-        """An image or file that Gemini made, as Markdown: an answer has no block for it."""
-        data = part.get("inlineData") or part.get("fileData") or {}
-        uri = data.get("fileUri") or "data:%s;base64,%s" % (data.get("mimeType"), data.get("data"))
-        self._text("%s![%s](%s)"
-                   % ("\n\n" if self._open == "text" else "", data.get("mimeType"), uri))
 
     def _sources(self) -> int:
         """groundingMetadata -> citations on the open text, then the search and its results.
@@ -2890,14 +2725,15 @@ class MessageEmitter:
         webs = [c.get("web") or c.get("retrievedContext") or c.get("maps") or {}
                 for c in self._grounding.get("groundingChunks") or ()]
         queries = [str(query) for query in self._grounding.get("webSearchQueries") or ()]
-        if self._open == "text":
-            for support in self._grounding.get("groundingSupports") or ():
-                self._citation(support, webs)
         if not queries and not webs:
             return 0
-        tool_use_id = self._new_id("srvtoolu_")
-        self._server_tool(tool_use_id, "web_search", {"query": "; ".join(queries)})
-        self._open_block({"type": "web_search_tool_result", "tool_use_id": tool_use_id,
+        if self._open == "text":
+            for support in self._grounding.get("groundingSupports") or ():
+                self._cite(support, webs)
+        search_id = self._new_id("srvtoolu_")
+        self._tool_use({"type": "server_tool_use", "id": search_id, "name": "web_search"},
+                       {"query": "; ".join(queries)})
+        self._open_block({"type": "web_search_tool_result", "tool_use_id": search_id,
                           "caller": {"type": "direct"}, "content": [
                               {"type": "web_search_result", "url": str(web.get("uri") or ""),
                                "title": str(web.get("title") or web.get("uri") or ""),
@@ -2905,13 +2741,14 @@ class MessageEmitter:
         self._close()
         return max(1, len(queries))
 
-    def _citation(self, support: Json, webs: Sequence[Json]) -> None:
+    def _cite(self, support: Json, webs: Sequence[Json]) -> None:
+        cited = str((support.get("segment") or {}).get("text") or "")
         for i in support.get("groundingChunkIndices") or ():
             if isinstance(i, int) and 0 <= i < len(webs):
                 self._delta({"type": "citations_delta", "citation": {
                     "type": "web_search_result_location", "url": str(webs[i].get("uri") or ""),
                     "title": str(webs[i].get("title") or ""), "encrypted_index": "",
-                    "cited_text": str((support.get("segment") or {}).get("text") or "")}})
+                    "cited_text": cited}})
 
     def _open_block(self, block: Json) -> None:
         self._close()
@@ -2933,6 +2770,10 @@ class MessageEmitter:
         self._out.append({"type": "content_block_stop", "index": self._index})
         self._open = self._signature = ""
         self._texts = []
+
+    def _take(self) -> List[Json]:
+        out, self._out = self._out, []
+        return out
 
     def _total_usage(self, searches: int) -> Json:
         usage = sane_counts(self.usage)
@@ -2992,11 +2833,9 @@ def client_name(name: str, names: Mapping[str, str]) -> str:
                  if declared.lower() in (name.lower(), bare)), name)
 
 
-def repaired_arguments(args: Json, schema: Json) -> Json:
+def repair_arguments(args: Json, schema: Json) -> Json:
     """Arguments of a call with what Gemini is known to get wrong set right, by the client's schema:
-
-    optional ones that are null or "" are left out, scalars of the wrong type are converted.
-    """
+    optional ones that are null or "" are left out, scalars of the wrong type are converted."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return args
@@ -3005,10 +2844,10 @@ def repaired_arguments(args: Json, schema: Json) -> Json:
     for name, value in args.items():
         prop = properties.get(name)
         types = allowed_types(prop)
-        if types and name not in required and (value is None and "null" not in types
-                                               or value == "" and "" not in _values(prop)):
-            continue
-        out[name] = repaired_value(value, prop, types) if types else value
+        is_filler = (value is None and "null" not in types
+                     or value == "" and isinstance(prop, dict) and "" not in _values(prop))
+        if not (types and is_filler and name not in required):
+            out[name] = repair_value(value, prop, types) if types else value
     return out
 
 
@@ -3023,41 +2862,41 @@ def allowed_types(schema: Any) -> List[str]:
     return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
-def repaired_value(value: Any, schema: Json, types: Sequence[str]) -> Any:
+def repair_value(value: Any, schema: Json, types: Sequence[str]) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
-    own = _json_type(value)
-    if own == "object" and "object" in types:
-        return repaired_arguments(value, schema)
-    if own == "array" and "array" in types:
+    kind = _json_type(value)
+    if kind == "object" and "object" in types:
+        return repair_arguments(value, schema)
+    if kind == "array" and "array" in types:
         items = schema.get("items")
         inner = allowed_types(items)
-        return [repaired_value(item, items, inner) for item in value] if inner else value
-    if own in types or (own == "integer" and "number" in types):
+        return [repair_value(item, items, inner) for item in value] if inner else value
+    if kind == "string" and "string" not in types:  # what it says, if that is of a right type
+        try:
+            said = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return _of_types(said, types, value)
+    if kind in ("integer", "number", "boolean") and "string" in types:
+        return value if _of_types(value, types, None) is value else json.dumps(value)
+    return _of_types(value, types, value)
+
+
+def _of_types(value: Any, types: Sequence[str], otherwise: Any) -> Any:
+    """The value if it is of one of the types, 5.0 as 5 where an integer is wanted."""
+    kind = _json_type(value)
+    if kind in types or (kind == "integer" and "number" in types):
         return value
-    if own == "number" and "integer" in types and value.is_integer():
+    if kind == "number" and "integer" in types and value.is_integer() and abs(value) < 1 << 53:
         return int(value)
-    if own in ("integer", "number", "boolean") and "string" in types:
-        return json.dumps(value)
-    return _from_string(value, types) if own == "string" else value
-
-
-def _from_string(text: str, types: Sequence[str]) -> Any:
-    """A string where something else belongs: what it says, if that is of a right type."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    own = _json_type(value)
-    if own == "number" and "integer" in types and abs(value) < 1 << 53 and value.is_integer():
-        return int(value)
-    return value if own in types or (own == "integer" and "number" in types) else text
+    return otherwise
 
 
 def events_from_gemini(chunks: Iterable[Json], emitter: MessageEmitter) -> Iterator[Json]:
     """All events of one answer, from message_start to message_stop."""
     yield from emitter.start()
     for chunk in chunks:
-        yield from emitter.feed(chunk)
+        yield from emitter.feed([chunk])
     yield from emitter.finish()
 
 
@@ -3074,26 +2913,24 @@ def message_from_events(events: Iterable[Json]) -> Json:
             message["content"].append(block)
             partial = ""
         elif kind == "content_block_delta":
-            partial += _apply_delta(block, event["delta"])
+            delta = event["delta"]
+            if delta["type"] == "text_delta":
+                block["text"] += delta["text"]
+            elif delta["type"] == "thinking_delta":
+                block["thinking"] += delta["thinking"]
+            elif delta["type"] == "signature_delta":
+                block["signature"] = delta["signature"]
+            elif delta["type"] == "citations_delta":
+                block["citations"] = block["citations"] + [delta["citation"]]
+            else:
+                partial += delta["partial_json"]
         elif kind == "content_block_stop" and partial:
             block["input"] = json.loads(partial)
         elif kind == "message_delta":
             message.update(event["delta"], usage=dict(message["usage"], **event["usage"]))
-            message.update((k, event[k]) for k in ("context_management",) if k in event)
+            if "context_management" in event:
+                message["context_management"] = event["context_management"]
     return message
-
-
-def _apply_delta(block: Json, delta: Json) -> str:
-    """Add a delta to its block; returns fragments of JSON, which mean nothing before the end."""
-    if delta["type"] == "text_delta":
-        block["text"] += delta["text"]
-    elif delta["type"] == "thinking_delta":
-        block["thinking"] += delta["thinking"]
-    elif delta["type"] == "signature_delta":
-        block["signature"] = delta["signature"]
-    elif delta["type"] == "citations_delta":
-        block["citations"] = block["citations"] + [delta["citation"]]
-    return delta.get("partial_json", "")
 
 
 # ---- 9. Wire formats (pure) -----------------------------------------------------------------
@@ -3104,6 +2941,10 @@ PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 def sse_frame(event: Json) -> bytes:
     """Event -> frame. Both lines are needed: the Python SDK drops records without `event:`."""
     return b"event: %s\ndata: %s\n\n" % (event["type"].encode("ascii"), dump_json(event))
+
+
+def frames_of(events: Iterable[Json]) -> bytes:
+    return b"".join([sse_frame(event) for event in events])
 
 
 def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
@@ -3147,7 +2988,7 @@ ONLY_ONCE = frozenset({"host", "content-length", "transfer-encoding"})
 _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
 
 
-def parse_fields(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
+def parse_headers(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
     """Header lines -> {name in lower case: value}; the values of a repeated name are joined.
 
     It takes a fifth of the time that email.parser does. Lines that two readers could take in two
@@ -3178,12 +3019,12 @@ def _objects(raw: bytes) -> List[Json]:
     return items
 
 
-# ---- 10. Shared state (state) ----------------------------------------------------------------
+# ---- 10. Shared state (state) ---------------------------------------------------------------
 #
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
 #   SignatureCache, KeyRing, Metrics,   process        every handler      one each, for dictionaries
-#   Traffic, TokenCounts, Bounded                                         (Traffic holds one more)
+#   Traffic, TokenCounts, LRUCache                                         (Traffic holds one more)
 #   Upstream, ConnectionPool            process        every handler      one each, not held in I/O
 #   Heartbeat                           process        handlers, pings    one, for what it watches
 #   Exchange                            one request    handler, pings     one, for its connection
@@ -3238,7 +3079,7 @@ class SignatureCache:
             return len(self._entries), self._bytes
 
 
-class Bounded:
+class LRUCache:
     """A map for all threads that forgets what was used least recently."""
 
     def __init__(self, size: int) -> None:
@@ -3259,47 +3100,44 @@ class Bounded:
                 self._entries.popitem(last=False)
 
 
-class Declarations:
+class Declared(dict):
+    """A function declaration together with its JSON."""
+
+    json = b""
+
+
+class DeclarationCache:
     """What `declaration` made of the tools seen last: a session sends the same ones each time."""
 
     def __init__(self) -> None:
-        self._known = Bounded(2000)
+        self._known = LRUCache(2000)
 
-    def declare(self, tool: Json) -> Json:
+    def declare(self, tool: Json) -> Declared:
         key = marshal.dumps(tool, 2)  # exact in types, unlike ==; this version has no references
         declared = self._known.get(key)
         if declared is None:
-            declared = declaration(tool)
+            declared = Declared(declaration(tool))
+            declared.json = dump_json(declared)
             self._known.put(key, declared)
         return declared
 
 
-class ToolBytes:
-    """The JSON of `tools`, most of a small request, and the same in all requests of a session."""
-
-    def __init__(self) -> None:
-        self._known = Bounded(50)
-
-    def dump(self, body: Json) -> bytes:
-        """dump_json(body), with the tools' part as it was made before."""
-        tools = body.get("tools") or [{}]
-        declared = tools[0].get("functionDeclarations")
-        if len(tools) > 1 or not declared:
-            return dump_json(body)
-        key = tuple(map(id, declared))  # Declarations gives the same objects; kept, they keep ids
-        made, _ = self._known.get(key) or (b"", tools)
-        if not made:
-            made = dump_json(tools)
-            self._known.put(key, (made, tools))
-        rest = dump_json({name: value for name, value in body.items() if name != "tools"})
-        return b"".join((b'{"tools":', made, b",", memoryview(rest)[1:]))  # one copy of a megabyte
+def dump_request(body: Json) -> bytes:
+    """dump_json(body), with the JSON of its declarations as it is: most of a small request."""
+    tools = body.get("tools") or [{}]
+    declared = tools[0].get("functionDeclarations", ())
+    if len(tools) > 1 or not declared or not all(isinstance(each, Declared) for each in declared):
+        return dump_json(body)
+    rest = dump_json({name: value for name, value in body.items() if name != "tools"})
+    return b"".join((b'{"tools":[{"functionDeclarations":[', b",".join([d.json for d in declared]),
+                     b"]}],", memoryview(rest)[1:]))  # one copy of a megabyte
 
 
 class TokenCounts:
     """Token counts by content, and an estimate that learns from the true counts seen."""
 
     def __init__(self) -> None:
-        self.known = Bounded(5000)
+        self.known = LRUCache(5000)
         self._lock = threading.Lock()  # protects the two below
         self._estimated, self._true = 1.0, 1.0
 
@@ -3317,40 +3155,40 @@ class TokenCounts:
 
 
 class KeyRing:
-    """An upstream's keys in turn; one that failed rests for a while, for the model it failed on."""
+    """An upstream's keys in turn; one that failed cools down, for the model that it failed on."""
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._keys, self._clock = tuple(keys), clock
         self._lock = threading.Lock()  # protects the two below
         self._next = 0
-        self._resting: Dict[Tuple[int, str], float] = {}
+        self._cooling: Dict[Tuple[int, str], float] = {}
 
     def acquire(self, model: str) -> int:
-        """Number of the next key that is not resting; or of the one that is ready first."""
+        """Number of the next key that is ready; or of the one that will be first."""
         with self._lock:
             now = self._clock()
             order = [(self._next + i) % len(self._keys) for i in range(len(self._keys))]
-            ready = [n for n in order if self._resting.get((n, model), 0) <= now]
-            number = ready[0] if ready else min(order, key=lambda n: self._resting[n, model])
+            ready = [n for n in order if self._cooling.get((n, model), 0) <= now]
+            number = ready[0] if ready else min(order, key=lambda n: self._cooling[n, model])
             self._next = (number + 1) % len(self._keys)
             return number
 
     def key(self, number: int) -> str:
         return self._keys[number]
 
-    def rest(self, number: int, model: str, seconds: float) -> bool:
-        """Let a key rest; returns whether another one is ready for the model."""
+    def cool_down(self, number: int, model: str, seconds: float) -> bool:
+        """Leave a key alone for a while; returns whether another one is ready for the model."""
         with self._lock:
             now = self._clock()
-            self._resting[number, model] = now + seconds
-            return any(self._resting.get((n, model), 0) <= now for n in range(len(self._keys)))
+            self._cooling[number, model] = now + seconds
+            return any(self._cooling.get((n, model), 0) <= now for n in range(len(self._keys)))
 
     def states(self) -> List[Json]:
-        """[{"number": from 1, "resting": {model: seconds left}}, ...]"""
+        """[{"number": from 1, "cooldown": {model: seconds left}}, ...]"""
         with self._lock:
             now = self._clock()
-            return [{"number": n + 1, "resting": {model: round(until - now)
-                                                  for (m, model), until in self._resting.items()
+            return [{"number": n + 1, "cooldown": {model: round(until - now)
+                                                  for (m, model), until in self._cooling.items()
                                                   if m == n and until > now}}
                     for n in range(len(self._keys))]
 
@@ -3396,7 +3234,7 @@ class Traffic:
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # protects all below
-        self._sessions = Bounded(1000)
+        self._sessions = LRUCache(1000)
         self._records: Deque[Json] = deque(maxlen=5000)
         self._spent = 0.0
 
@@ -3445,105 +3283,13 @@ def minute_sums(records: Sequence[Json]) -> Json:
                 errors=sum(record["status"] >= 400 for record in records))
 
 
-# ---- 11. Upstreams (I/O) --------------------------------------------------------------------
-
-class ConnectionPool(urllib.request.HTTPSHandler):
-    """Keeps http.client connections beneath urllib.request, so that its proxy handling stays.
-
-    An idle connection is dropped before the server would (nginx: 60 s and more). One that dies
-    before a status line is replaced silently: the server closed it while it was idle. A new one
-    that does so is an error.
-    """
-
-    IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
-
-    def __init__(self, secure: bool) -> None:
-        # One context for the process, as loading the CAs takes 15 ms; without HTTPS an empty one,
-        # or the base class would load them.
-        self._tls = (ssl.create_default_context() if secure
-                     else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        super().__init__(context=self._tls)
-        self._lock = threading.Lock()  # protects _idle
-        self._idle: Dict[Tuple, List[Tuple[Any, float]]] = {}
-
-    http_request = urllib.request.AbstractHTTPHandler.do_request_  # as HTTPHandler has it
-
-    def http_open(self, request: urllib.request.Request) -> "Reply":
-        return self._open(request, http.client.HTTPConnection)
-
-    def https_open(self, request: urllib.request.Request) -> "Reply":
-        return self._open(request,
-                          functools.partial(http.client.HTTPSConnection, context=self._tls))
-
-    def _open(self, request: urllib.request.Request, connect: Callable[..., Any]) -> "Reply":
-        tunnel = getattr(request, "_tunnel_host", None)
-        place = (request.type, request.host, tunnel)
-        headers = {name.title(): value for name, value in request.header_items()}
-        names = [name for name in ("Proxy-Authorization",) if tunnel and name in headers]
-        proxy_headers = {name: headers.pop(name) for name in names}
-        fresh = False
-        while True:
-            connection = None if fresh else self._take(place)
-            reused = connection is not None
-            if connection is None:
-                connection = connect(request.host, timeout=min(30.0, request.timeout))
-                connection._create_connection = request.exchange.dial
-                if tunnel:
-                    connection.set_tunnel(tunnel, headers=proxy_headers)
-            try:
-                if connection.sock is None:
-                    connection.connect()
-                connection.sock.settimeout(request.timeout)
-                request.exchange.use(connection)
-                connection.sock.sendall(http_request(request.get_method(), request.selector,
-                                                     headers, request.data))
-                return Reply(connection, request.exchange, functools.partial(self._give, place))
-            except (http.client.RemoteDisconnected, ConnectionError):
-                connection.close()
-                request.exchange.release()
-                if not reused or request.exchange.gone.is_set():
-                    raise
-                fresh = True
-            except BaseException:
-                connection.close()
-                request.exchange.release()
-                raise
-
-    def _take(self, place: Tuple) -> Any:
-        while True:
-            with self._lock:
-                idle = self._idle.get(place)
-                connection, since = idle.pop() if idle else (None, 0.0)
-            if connection is None:
-                return None
-            if time.monotonic() - since < self.IDLE_SECONDS and not is_ready(connection.sock):
-                return connection
-            connection.close()
-
-    def _give(self, place: Tuple, connection: Any) -> None:
-        with self._lock:
-            idle = self._idle.setdefault(place, [])
-            expired = [c for c, since in idle if time.monotonic() - since >= self.IDLE_SECONDS]
-            idle[:] = [(c, since) for c, since in idle if c not in expired]
-            if len(idle) < self.IDLE_LIMIT:
-                idle.append((connection, time.monotonic()))
-                connection = None
-        for useless in expired + ([connection] if connection else []):
-            useless.close()
-
-    def close_idle(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection, _ in connections:
-                connection.close()
-
+# ---- 11. HTTP to upstreams (I/O) ------------------------------------------------------------
 
 HEAD_LIMIT = 1 << 16
 
 
 def read_head(file: Any) -> List[bytes]:
-    """The lines of an HTTP head, without the empty one.
+    """The lines of an HTTP head, without the empty one at its end.
 
     Raises ValueError if it is longer than HEAD_LIMIT or ends too early.
     """
@@ -3559,84 +3305,199 @@ def read_head(file: Any) -> List[bytes]:
     raise ValueError("it is longer than %d bytes" % HEAD_LIMIT)
 
 
-class Reply:
-    """One upstream response; its connection goes back to the pool when the body has been read.
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
 
-    Raises RemoteDisconnected if there is none, and HTTPException if it is no HTTP.
+
+def unchunked(read: Callable[[], bytes], limit: int = 1 << 40) -> Iterator[bytes]:
+    """The content of a chunked body. Chunks that arrived together come in one piece, which costs
+    one write to the client instead of several. HTTPException if the body ends too early, and
+    ValueError for a chunk above the limit."""
+    data = bytearray()
+    at_end = False
+    while not at_end or b"\r\n\r\n" not in data:  # behind the last chunk's size there are trailers
+        more = read()
+        if not more:
+            raise http.client.IncompleteRead(bytes(data))
+        data += more
+        contents, start = [], 0
+        while not at_end:
+            line = _CHUNK_SIZE.match(data, start)
+            if not line:
+                if b"\n" in data[start:]:
+                    raise http.client.HTTPException("a chunk without its size")
+                break
+            end = line.end() + int(line.group(1), 16)
+            if end > limit + line.end() or len(data) > limit + (1 << 20):
+                raise ValueError("a chunk of more than %d bytes" % limit)
+            at_end = end == line.end()
+            if at_end or len(data) < end + 2:
+                break
+            contents.append(data[line.end():end])
+            start = end + 2
+        del data[:start]
+        if contents:
+            yield b"".join(contents)
+
+
+def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
+    """Whether a socket can be read (or written) at once. select ends at 1024 descriptors."""
+    if hasattr(select, "poll"):
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if to_write else select.POLLIN)
+        return bool(poll.poll(0))
+    found = select.select([] if to_write else [sock], [sock] if to_write else [], [], 0)
+    return any(found)
+
+
+def is_disconnected(sock: socket.socket) -> bool:
+    """Whether the other side has closed, also behind bytes that nobody has read yet."""
+    if hasattr(select, "POLLRDHUP"):
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)
+        return bool(poll.poll(0))
+    return is_ready(sock) and not sock.recv(1, socket.MSG_PEEK)
+
+
+class Exchange:
+    """One client request on its way: what the upstream needs of it, and what the log says of it."""
+
+    def __init__(self, request: Json, models: Sequence[str],
+                 translate: Callable[..., Any] = lambda model: None, stream: bool = False,
+                 client_key: str = "") -> None:
+        self.request, self.models = request, list(dict.fromkeys(models))
+        self.stream, self.client_key, self.translate = stream, client_key, translate
+        self.retries = 0                # for the log
+        self.key_number = 0
+        self.started = time.monotonic()
+        self.disconnected = threading.Event()   # the client has left
+        self._lock = threading.Lock()   # protects _connection: it may become another exchange's
+        self._connection: Any = None
+        self.use_model(self.models[0])
+
+    def use_model(self, model: str) -> None:
+        """Begin with a model: its own translation, and all tries."""
+        self.model = model
+        self.translation = self.translate(model=model)
+        self.body: Optional[Json] = None      # as it is sent: translated, then repaired
+        self.repaired: Dict[str, str] = {}    # name of a repair -> the message that asked for it
+        self.failures = self.key_changes = 0
+
+    def next_model(self) -> bool:
+        """Go on to the next model, if there is one."""
+        position = self.models.index(self.model) + 1
+        if position < len(self.models):
+            self.use_model(self.models[position])
+        return position < len(self.models)
+
+    def use(self, connection: Any) -> None:
+        """Note the connection in use, None after use; raises if the client has left."""
+        with self._lock:
+            self._connection = connection
+        if connection and self.disconnected.is_set():
+            raise ConnectionAbortedError("the client has left")
+
+    def cancel(self) -> None:
+        """The client has left: wake the thread that waits for upstream. For another thread."""
+        self.disconnected.set()
+        with self._lock, contextlib.suppress(OSError):  # closed just now
+            sock = getattr(self._connection, "sock", None)
+            if sock:  # not SSLSocket's own shutdown: that takes the TLS layer from the reader
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+class TLSConnection(http.client.HTTPSConnection):
+    """Has its socket before the handshake, so that `cancel` can end one with a silent server."""
+
+    def connect(self) -> None:
+        http.client.HTTPConnection.connect(self)  # TCP, and the tunnel through a company proxy
+        self.sock = self._context.wrap_socket(self.sock, do_handshake_on_connect=False,
+                                              server_hostname=self._tunnel_host or self.host)
+        self.sock.do_handshake()
+
+
+class Response:
+    """One upstream response. Its connection goes back to the pool when the body has been read.
+
+    http.client's takes five times as long for a head, and gives chunks one by one. Raises
+    RemoteDisconnected if there is no response, and HTTPException if it is no HTTP.
     """
 
-    def __init__(self, connection: Any, exchange: "Exchange",
+    def __init__(self, connection: Any, exchange: Exchange,
                  give_back: Callable[[Any], None]) -> None:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
         self._file = connection.sock.makefile("rb", 65536)
-        self.hurried, self._may_hurry = 0.0, True
+        self._timeout, self._deadline = connection.sock.gettimeout(), 0.0
+        version, self.status = b"", 100
         try:
-            for _ in range(20):  # 1xx only announces another
-                self.status, keeps, lines = self._head()
-                if self.status >= 200:
-                    break
-            else:
-                raise http.client.BadStatusLine("no end of 1xx")
+            while self.status < 200:  # 1xx only announces another
+                version, self.status, self.fields = self._read_head()
         except BaseException:
             self._file.close()
             raise
-        self.fields = fields = parse_fields(lines, strict=False)
+        fields = self.fields
         self.content_type = fields.get("content-type", "").lower()
-        codings = fields.get("transfer-encoding", "").lower()
-        self._chunked = {coding.strip() for coding in codings.split(",")} == {"chunked"}
+        self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
         length = fields.get("content-length", "").partition(",")[0]
         self._left = int(length) if re.match(r"[0-9]{1,15}$", length) else -1
         if self.status in (204, 304):
             self._chunked, self._left = False, 0
-        self._keeps = (keeps and self.is_framed
-                       and "close" not in fields.get("connection", "").lower())
+        self._reusable = (self.is_framed and version != b"0"
+                          and "close" not in fields.get("connection", "").lower())
 
-    def _head(self) -> Tuple[int, bool, List[bytes]]:
-        """-> (status, whether the version keeps connections open, header lines)"""
-        first = self._file.readline(HEAD_LIMIT)
-        if not first:
+    def _read_head(self) -> Tuple[bytes, int, Dict[str, str]]:
+        """-> (minor version, status, fields)"""
+        line = self._file.readline(HEAD_LIMIT)
+        found = re.match(rb"HTTP/1\.(\d) +(\d{3})\b", line)
+        if not line:
             raise http.client.RemoteDisconnected("no response")
-        found = re.match(rb"HTTP/1\.(\d) +(\d{3})\b", first)
         if not found:
             raise http.client.BadStatusLine("no HTTP")
         try:
-            return int(found.group(2)), found.group(1) != b"0", read_head(self._file)
+            fields = parse_headers(read_head(self._file), strict=False)
         except ValueError as exc:
             raise http.client.HTTPException("the response's head: %s" % exc) from None
+        return found.group(1), int(found.group(2)), fields
 
     @property
     def is_framed(self) -> bool:
-        """The body's length is told, by a header or by chunks: a cut can be seen."""
+        """The body's length is known from a header or from chunks: a cut can be seen."""
         return self._chunked or self._left >= 0
 
     @property
     def has_length(self) -> bool:
         return not self._chunked and self._left >= 0
 
+    def end_within(self, seconds: float) -> None:
+        """Wait so long for the rest of the body, whatever comes in it; 0: as before, to its end."""
+        self._deadline = time.monotonic() + seconds if seconds else 0.0
+        if not seconds:
+            self._connection.sock.settimeout(self._timeout)
+
+    @property
+    def has_deadline(self) -> bool:
+        return self._deadline > 0
+
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if it ends too early."""
-        for piece in self._pieces():
-            if self.hurried and time.monotonic() > self.hurried:
-                raise socket.timeout("more came than an end")
-            yield piece
-        self._finish()
-
-    def _pieces(self) -> Iterator[bytes]:
         if self._chunked:
-            for piece, self._exchange.is_whole in unchunked(self._file):
-                yield piece
-        else:
-            while self._left:
-                piece = self._file.read1(65536 if self._left < 0 else min(65536, self._left))
-                if not piece:
-                    break
-                self._left -= len(piece) if self._left > 0 else 0
-                self._exchange.is_whole = not self._left
-                yield piece
-            if self._left > 0:
+            yield from unchunked(self._read)
+        while self._left and not self._chunked:
+            piece = self._read(65536 if self._left < 0 else min(65536, self._left))
+            if not piece and self._left > 0:
                 raise http.client.IncompleteRead(b"", self._left)
+            if not piece:
+                break
+            self._left -= len(piece) if self._left > 0 else 0
+            yield piece
+        self.close(self._reusable)
+
+    def _read(self, limit: int = 65536) -> bytes:
+        if self._deadline:
+            self._connection.sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        return self._file.read1(limit)
 
     def read(self, limit: int = 1 << 30) -> bytes:
+        """The whole body, or a little more than `limit` bytes of it."""
         body, size = [], 0
         for piece in self.pieces():
             body.append(piece)
@@ -3645,34 +3506,96 @@ class Reply:
                 break
         return b"".join(body)
 
-    def _finish(self) -> None:
+    def close(self, reusable: bool = False) -> None:
+        """Be done with the connection; one whose body was not read to its end is closed."""
         connection, self._connection = self._connection, None
-        self._exchange.release()
+        if connection is None:
+            return
+        self._exchange.use(None)
         self._file.close()
-        if connection and self._keeps:
+        if reusable:
             self._give_back(connection)
-        elif connection:
+        else:
             connection.close()
 
-    def hurry(self, seconds: float) -> None:
-        """The answer is there: wait no longer than this for what else may come."""
-        if self._connection and not self.hurried and self._may_hurry:
-            self.hurried = time.monotonic() + seconds
-            self._connection.sock.settimeout(seconds)
 
-    def relax(self, seconds: float) -> None:
-        """It was not there, whatever was said: wait as before, to the end."""
-        self.hurried, self._may_hurry = 0.0, False
-        if self._connection:
-            self._connection.sock.settimeout(seconds)
+class ConnectionPool(urllib.request.HTTPSHandler):
+    """Keeps http.client connections beneath urllib.request, which knows the company's proxies.
 
-    def close(self) -> None:
-        """Give up a body that was not read to its end."""
-        connection, self._connection = self._connection, None
-        if connection:
-            self._exchange.release()
-            self._file.close()
+    An idle connection is dropped before the server would (nginx: 60 s and more).
+    """
+
+    IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
+
+    def __init__(self, secure: bool) -> None:
+        # One context for the process, as loading the CAs takes 15 ms; without HTTPS an empty one,
+        # or the base class would load them.
+        self._tls = (ssl.create_default_context() if secure
+                     else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        super().__init__(context=self._tls)
+        self._lock = threading.Lock()  # protects _idle
+        self._idle: Dict[Tuple, List[Tuple[Any, float]]] = {}
+
+    http_request = urllib.request.AbstractHTTPHandler.do_request_  # as HTTPHandler has it
+
+    def http_open(self, request: urllib.request.Request) -> Response:
+        return self._open(request, http.client.HTTPConnection)
+
+    def https_open(self, request: urllib.request.Request) -> Response:
+        return self._open(request, functools.partial(TLSConnection, context=self._tls))
+
+    def _open(self, request: urllib.request.Request, connect: Callable[..., Any]) -> Response:
+        """Send the request over an idle connection or a new one. An idle one that dies before a
+        status line was closed by the server just now: the next one is taken."""
+        tunnel, exchange = getattr(request, "_tunnel_host", None), request.exchange
+        headers = {name.title(): value for name, value in request.header_items()}
+        for_tunnel = {name: headers.pop(name) for name in ("Proxy-Authorization",)
+                      if tunnel and name in headers}
+        place = (request.type, request.host, tunnel)
+        idle = self._take(place)
+        connection = idle or connect(request.host, timeout=min(30.0, request.timeout))
+        try:
+            exchange.use(connection)
+            if not idle and tunnel:
+                connection.set_tunnel(tunnel, headers=for_tunnel)
+            if not idle:
+                connection.connect()
+            exchange.use(connection)  # the client may have left while it connected
+            connection.sock.settimeout(request.timeout)
+            connection.sock.sendall(http_request(request.get_method(), request.selector, headers,
+                                                 request.data))
+            return Response(connection, exchange, functools.partial(self._give, place))
+        except BaseException as exc:
+            exchange.use(None)
             connection.close()
+            is_stale = idle and isinstance(exc, (http.client.RemoteDisconnected, ConnectionError))
+            if not is_stale or exchange.disconnected.is_set():
+                raise
+        return self._open(request, connect)
+
+    def _take(self, place: Tuple) -> Any:
+        """The idle connection that was used last, or None."""
+        with self._lock:
+            idle = self._idle.get(place, [])
+            while idle:
+                connection, since = idle.pop()
+                if time.monotonic() - since < self.IDLE_SECONDS and not is_ready(connection.sock):
+                    return connection
+                connection.close()
+        return None
+
+    def _give(self, place: Tuple, connection: Any) -> None:
+        with self._lock:
+            idle = self._idle.setdefault(place, [])
+            idle.append((connection, time.monotonic()))
+            if len(idle) > self.IDLE_LIMIT:
+                idle.pop(0)[0].close()
+
+    def close_idle(self) -> None:
+        with self._lock:
+            for idle in self._idle.values():
+                while idle:
+                    idle.pop()[0].close()
 
 
 def http_request(method: str, selector: str, headers: Mapping[str, str],
@@ -3686,164 +3609,55 @@ def http_request(method: str, selector: str, headers: Mapping[str, str],
     return head.encode("ascii") + (body or b"")
 
 
-def unchunked(file: Any) -> Iterator[Tuple[bytes, bool]]:
-    """The content of a chunked body, each piece with whether the end is there, too. Chunks that
-    have arrived together come in one piece, which costs one write to the client instead of several.
-    HTTPException if the body ends too early."""
-    data = bytearray()
-    ended = False
-    while not ended:
-        data += file.read1(65536) or _cut_short(data)
-        content, ended = take_chunks(data)
-        if content:
-            yield content, ended and b"\r\n\r\n" in data
-    while b"\r\n\r\n" not in data:  # what is left is the last chunk's line, and trailers
-        data += file.read1(65536) or _cut_short(data)
+def parse_upstream(raw: bytes) -> Any:
+    """An upstream body as JSON; ValueError, not a client's mistake, if it is none."""
+    try:
+        return parse_json(raw)
+    except ProxyError as exc:
+        raise ValueError(exc.message) from None
 
 
-def _cut_short(data: bytearray) -> bytes:
-    raise http.client.IncompleteRead(bytes(data))
+@contextlib.contextmanager
+def connection_errors(exchange: Exchange, name: str) -> Iterator[None]:
+    """A connection that failed, or an answer that is none -> ProxyError."""
+    try:
+        yield
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
+        raise connection_error(exc, exchange, name) from exc
 
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
+def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyError:
+    reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
+    if exchange.disconnected.is_set():
+        return ProxyError(499, "the client has left")
+    if isinstance(reason, socket.timeout):
+        return ProxyError(504, "%s was silent for too long (REQUEST_TIMEOUT)." % name)
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE "
+                          "to your CA bundle." % reason.verify_message, should_retry=False)
+    if isinstance(reason, socket.gaierror):
+        return ProxyError(500, "The upstream's host name cannot be found (its API_BASE, or "
+                          "HTTPS_PROXY): %s" % reason.strerror)
+    if isinstance(reason, (ValueError, RecursionError)):
+        return ProxyError(500, "%s's answer is not valid JSON: %s" % (name, str(reason)[:200]),
+                          transient=True)
+    return ProxyError(529, "The connection to %s broke: %s" % (name, type(reason).__name__),
+                      transient=True)
 
 
-def take_chunks(data: bytearray) -> Tuple[bytes, bool]:
-    """Take whole chunks from the start of `data` -> (their content, whether it was the last)."""
-    contents, start, ended = [], 0, False
-    while not ended:
-        line = _CHUNK_SIZE.match(data, start)
-        if not line:
-            if b"\n" in data[start:]:
-                raise http.client.HTTPException("a chunk without its size")
-            break
-        end = line.end() + int(line.group(1), 16)
-        ended = end == line.end()
-        if ended or len(data) < end + 2:
-            break
-        contents.append(data[line.end():end])
-        start = end + 2
-    del data[:start]
-    return b"".join(contents), ended
-
-
-def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
-    """Whether a socket can be read (or written) at once. select ends at 1024 descriptors."""
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT if to_write else select.POLLIN)
-        return bool(poll.poll(0))
-    found = select.select([] if to_write else [sock], [sock] if to_write else [], [], 0)
-    return any(found)
-
-
-def has_left(sock: socket.socket) -> bool:
-    """Whether the other side has closed, also behind bytes that nobody has read yet."""
-    if hasattr(select, "POLLRDHUP"):
-        poll = select.poll()
-        poll.register(sock, select.POLLRDHUP)
-        return bool(poll.poll(0))
-    return is_ready(sock) and not sock.recv(1, socket.MSG_PEEK)
-
-
-class Exchange:
-    """One client request on its way: what upstream needs of it, and what the log says of it."""
-
-    def __init__(self, request: Json, models: Sequence[str],
-                 translate: Callable[[str], Translation],
-                 stream: bool, client_key: str = "") -> None:
-        self.request, self.models = request, list(dict.fromkeys(models))
-        self.stream, self.client_key = stream, client_key
-        self.model = self.models[0]
-        self.translate = translate
-        self.translation = translate(model=self.model)
-        self.retries = 0
-        self.key_number = 0
-        self.gone = threading.Event()   # the client has left
-        self.is_whole = False           # all of the answer has arrived
-        self.failures = 0               # of all tries so far, for MAX_RETRIES
-        self.key_changes = 0
-        self.started = time.monotonic()
-        self._lock = threading.Lock()   # protects the two below: they may become another's
-        self._connection: Any = None
-        self._dialled: Optional[socket.socket] = None
-
-    def next_model(self) -> bool:
-        """Go on to the next model, if there is one."""
-        position = self.models.index(self.model) + 1
-        if position >= len(self.models):
-            return False
-        self.model, self.failures, self.key_changes = self.models[position], 0, 0
-        self.translation = self.translate(model=self.model)
-        return True
-
-    def use(self, connection: Any) -> None:
-        """Note the connection that is about to be used; raises if the client has left."""
-        with self._lock:
-            self._connection = connection
-        if self.gone.is_set():
-            raise ConnectionAbortedError("the client has left")
-
-    def dial(self, address: Tuple[str, int], timeout: float, *unused: Any) -> socket.socket:
-        """socket.create_connection, so that cancel() also ends connecting and a TLS handshake."""
-        error = OSError("no address found")
-        for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
-            sock = socket.socket(family, kind, protocol)
-            with self._lock:
-                self._dialled = sock.dup()  # TLS takes the socket itself away
-            try:
-                sock.settimeout(timeout)
-                sock.connect(place)
-                return sock
-            except OSError as exc:
-                error = exc
-                sock.close()
-        raise error
-
-    def release(self) -> None:
-        """The connection is done with; from now on it may serve another exchange."""
-        with self._lock:
-            self._connection = None
-            if self._dialled:
-                self._dialled.close()
-            self._dialled = None
-
-    def cancel(self) -> None:
-        """The client has left: wake the thread that waits for upstream. For another thread."""
-        self.gone.set()
-        with self._lock, contextlib.suppress(OSError, AttributeError):  # none, or closed just now
-            # Not SSLSocket's own shutdown: it would take the TLS layer from under the reader.
-            socket.socket.shutdown(self._dialled or self._connection.sock, socket.SHUT_RDWR)
-
-
-# What a 400 of Gemini's tells to leave out: (what it must say, name for the log, the change). Each
-# is tried once.
-GEMINI_REPAIRS = (
-    (re.compile(r"(?i)include_?server_?side_?tool"), "includeServerSideToolInvocations",
-     without_invocations),
-    (re.compile(r"(?i)thinking"), "thinkingConfig", without_thinking_config),
-    (re.compile(r"(?i)thought.?signature"), "thought signatures", with_dummy_signatures),
-    (re.compile(r"(?i)parameters_?json_?schema|nesting depth|function_declarations.*parameters"),
-     "JSON Schema", with_strict_tools),
-    (re.compile(r"(?i)too many states|nesting depth|schema"), "limits in schemas",
-     with_plain_tools),
-)
-_MODEL_MISSING = re.compile(r"(?i)models?\b.*\b(?:is|was) not found")
-_NO_JSON_SCHEMA = re.compile(
-    r"(?i)unknown name \"?parameters_?json_?schema|parameters_?json_?schema.*cannot find field")
-
+# ---- 12. Upstreams (I/O) --------------------------------------------------------------------
 
 class Upstream:
-    """What all kinds of upstream share: tries, keys, streams and their faults.
+    """What all kinds of upstream share: keys, retries, streams and their faults.
 
-    A kind says how it is asked (`ask`), how its answer becomes Gemini-shaped chunks (`reader`),
-    what a 400 tells to leave out (`repair`) and which models it has (`list_models`).
+    A kind sends a request (`ask`), reads its answer as Gemini-shaped chunks (`reader`), knows what
+    a 400 asks to change (`repairs`, `remember`) and which models there are (`list_models`).
     """
 
-    HOUSE, SETTING = "Gemini", "GEMINI_API_KEY"
+    NAME, KEY_SETTING = "Gemini", "GEMINI_API_KEY"
     TAKES_CLIENT_KEYS = False
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
-    REPLAY_SECONDS = 300.0   # how long a missing stream endpoint is remembered
+    NO_STREAM_SECONDS = 300.0  # how long a missing stream endpoint is remembered
     BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
     BROKEN_SECONDS = 60.0    # for this long
     BACKOFF_SECONDS = 0.5    # of the first wait, at most; it doubles, up to 16 times this
@@ -3859,54 +3673,11 @@ class Upstream:
         self._lock = threading.Lock()  # protects all below, for writing
         self._models: Optional[Mapping[str, Json]] = None
         self._models_until = 0.0
-        self._no_stream_until = 0.0
+        self._streaming_disabled_until = 0.0
         self._broken_streams = 0
         self._token = ""
 
-    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
-        """Yield the answer's chunks, those together that arrived together. What fails before the
-        first ones is repaired or tried again here; after them, a failure is raised as
-        ProxyError."""
-        body = self.first_body(exchange)
-        repaired: Dict[str, str] = {}
-        while True:
-            last_try = 0 < self._config.max_retries <= exchange.failures
-            stream = exchange.stream and not last_try and time.monotonic() >= self._no_stream_until
-            attempt = self._attempt(exchange, body, stream)
-            try:
-                first = next(attempt, [])
-                break
-            except ProxyError as error:
-                LOG.info("%s: %s", exchange.model, error.message)
-                change = self.repair(error, body, repaired) if error.status == 400 else None
-                if change is not None:
-                    body = change
-                elif self._next_key(error, exchange) or self.next_token(repaired):
-                    pass
-                elif self._may_retry(error, exchange):
-                    exchange.failures += 1
-                    self._wait(exchange, error)
-                else:
-                    error.transient = False  # its tries are used up
-                    raise
-                exchange.retries += 1
-        self.accepted(exchange, body, repaired)
-        yield first
-        yield from attempt
-
-    def accepted(self, exchange: Exchange, body: Json, repaired: Dict[str, str]) -> None:
-        """Learn from repairs that have helped."""
-
-    def first_body(self, exchange: Exchange) -> Json:
-        """The body to begin with."""
-        return exchange.translation.body
-
-    def repair(self, error: ProxyError, body: Json, repaired: Dict[str, str]) -> Optional[Json]:
-        """The body changed as a 400 asks for, or None; `repaired` keeps what was tried, by name,
-        with the message that asked for it."""
-        raise NotImplementedError
-
-    def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
+    def ask(self, exchange: Exchange, stream: bool) -> Response:
         """Send the request."""
         raise NotImplementedError
 
@@ -3914,127 +3685,152 @@ class Upstream:
         """Objects of one answer -> chunks; None for its end."""
         return lambda objects: objects or []
 
+    def first_body(self, exchange: Exchange) -> Json:
+        """The body to begin with."""
+        return exchange.translation.body
+
+    def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
+        """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
+        return ()
+
+    def remember(self, exchange: Exchange) -> None:
+        """Learn from the repairs that have helped."""
+
     def list_models(self, client_key: str = "") -> Dict[str, Json]:
         """What the key can use: id -> Gemini's description. Raises ProxyError."""
         raise NotImplementedError
 
-    def _next_key(self, error: ProxyError, exchange: Exchange) -> bool:
-        """Rest the key that was refused or is at its limit; whether another one can be asked."""
+    def count(self, exchange: Exchange) -> Optional[int]:
+        """The upstream's own count of a request's tokens, or None."""
+        return None
+
+    def attempt(self, exchange: Exchange) -> Iterator[List[Json]]:
+        """One try: the answer's chunks, those together that arrived together, or ProxyError."""
+        if exchange.body is None:
+            exchange.body = self.first_body(exchange)
+        last_try = 0 < self._config.max_retries <= exchange.failures
+        batches = self._request(exchange, exchange.stream and not last_try
+                                and time.monotonic() >= self._streaming_disabled_until)
+        first = next(batches, [])
+        self.remember(exchange)
+        yield first
+        yield from batches
+
+    def prepare_retry(self, error: ProxyError, exchange: Exchange) -> bool:
+        """Change what `error` tells to change, or wait; whether another try can help."""
+        if error.status == 400 and self._repair(error, exchange):
+            return True
+        if self.rotate_key(error, exchange):
+            return True
+        # Only what may pass by itself: overload, faults, resets, short limits. Silence is not.
+        short = error.status == 429 and (error.retry_after or 0) <= self.LONGEST_WAIT
+        if (not (short or error.transient) or error.should_retry is False
+                or exchange.failures >= self._config.max_retries
+                or time.monotonic() - exchange.started >= self.TOTAL_SECONDS):
+            return False
+        # Full jitter: a random time up to a limit that doubles, so that clients spread out.
+        seconds = error.retry_after or secrets.SystemRandom().uniform(
+            0, self.BACKOFF_SECONDS * min(16, 2 ** exchange.failures))
+        exchange.failures += 1
+        if exchange.disconnected.wait(seconds):
+            raise ProxyError(499, "the client has left")
+        return True
+
+    def _repair(self, error: ProxyError, exchange: Exchange) -> bool:
+        """Change the body as a 400 asks for, if it does; each repair is tried once."""
+        repaired = exchange.repaired
+        for name, message in repaired.items():
+            if message == error.message:  # it has not helped
+                repaired[name] = ""
+        for name, changed in self.repairs(exchange.body, error.message):
+            if name not in repaired and changed != exchange.body:
+                repaired[name], exchange.body = error.message, changed
+                LOG.warning("%s refused %s: retrying without it", self.NAME, name)
+                return True
+        return False
+
+    def rotate_key(self, error: ProxyError, exchange: Exchange) -> bool:
+        """Let a key that was refused or is at its limit cool down; whether another one is ready."""
         if error.status not in (402, 403, 429) or (exchange.client_key and self.TAKES_CLIENT_KEYS):
             return False
         lasting = error.should_retry is False
         seconds = 3600.0 if lasting else min(max(1.0, error.retry_after or 10.0), 3600.0)
         exchange.key_changes += 1
-        return (self.keys.rest(exchange.key_number, exchange.model, seconds)
+        return (self.keys.cool_down(exchange.key_number, exchange.model, seconds)
                 and exchange.key_changes < len(self.key_list))
 
-    def next_token(self, repaired: Dict[str, str]) -> bool:
-        """Whether the bearer token was refused for the first time; the next try makes a new one."""
-        return False
+    def _request(self, exchange: Exchange, stream: bool) -> Iterator[List[Json]]:
+        """One request -> batches of its answer, or ProxyError."""
+        response, read = self.ask(exchange, stream), self.reader()
+        with connection_errors(exchange, self.NAME), contextlib.closing(response):
+            if stream and self.streaming_unsupported(response.status):
+                refusal = response.read(100000)  # asking for the whole answer tells what is missing
+                if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
+                    raise self._error(404, refusal, exchange)
+                yield from self._request(exchange, False)
+                self._disable_streaming(self.NO_STREAM_SECONDS, "the upstream does not stream")
+                return
+            self._check(response, exchange)
+            if stream and "event-stream" in response.content_type:
+                yield from self._streamed(response, exchange, read)
+                return
+            value = parse_upstream(response.read())
+            value = value if isinstance(value, list) and stream else [value]
+            yield read(self._checked(value, exchange)) + read(None)
+            if stream:
+                self._disable_streaming(self.NO_STREAM_SECONDS, "the upstream does not stream")
 
-    def _may_retry(self, error: ProxyError, exchange: Exchange) -> bool:
-        """Only what may pass by itself: overload, faults, resets, short limits. Silence is not."""
-        short = error.status == 429 and (error.retry_after or 0) <= self.LONGEST_WAIT
-        return ((short or error.transient) and error.should_retry is not False
-                and exchange.failures < self._config.max_retries
-                and time.monotonic() - exchange.started < self.TOTAL_SECONDS)
-
-    def _wait(self, exchange: Exchange, error: ProxyError) -> None:
-        """Full jitter: a random time up to a limit that doubles, so that clients spread out."""
-        seconds = error.retry_after or secrets.SystemRandom().uniform(
-            0, self.BACKOFF_SECONDS * min(16, 2 ** exchange.failures))
-        if exchange.gone.wait(seconds):
-            raise ProxyError(499, "the client has left")
-
-    def _attempt(self, exchange: Exchange, body: Json, stream: bool) -> Iterator[List[Json]]:
-        """One request: batches of its answer, or ProxyError."""
-        if not stream:
-            yield self._whole(exchange, body)
-            return
-        reply, read = self.ask(exchange, body, True), self.reader()
+    def _streamed(self, response: Response, exchange: Exchange,
+                  read: Callable[[Optional[List[Json]]], List[Json]]) -> Iterator[List[Json]]:
+        """The batches of a stream; one that has finished may stay open, or break."""
+        finished = response.is_framed and not self.NAMES_ITS_END
         try:
-            if self.lacks_streams(reply.status):
-                yield self._without_stream(exchange, body, reply)
-            elif reply.status == 200 and "event-stream" not in reply.content_type:
-                value = parse_upstream(reply.read())
-                value = value if isinstance(value, list) else [value]
-                yield read(self._checked(value, exchange)) + read(None)
-                self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
-            else:
-                self._check(reply, exchange)
-                finished = reply.is_framed and not self.NAMES_ITS_END
-                for objects in self._until_over(reply):
-                    batch = read(self._checked(objects, exchange))
-                    if reply.hurried and has_parts(batch):  # it was not its end
-                        reply.relax(self._config.request_timeout)
-                    elif has_finish(batch) or STREAM_DONE in objects:
-                        finished = True
-                        reply.hurry(self.LAST_SECONDS)
-                    yield batch
-                if not finished:  # only the closed connection said that this was the end
-                    raise http.client.IncompleteRead(b"")
-                yield read(None)
-                self._broken_streams = 0
+            for objects in batches_from_sse(response.pieces()):
+                batch = read(self._checked(objects, exchange))
+                if has_finish(batch) or STREAM_DONE in objects:
+                    finished = True
+                    response.end_within(self.LAST_SECONDS)
+                elif response.has_deadline and has_parts(batch):  # it was not its end
+                    response.end_within(0)
+                yield batch
+            if not finished:  # only the closed connection said that this was the end
+                raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
-            self._note_broken_stream(exchange)
-            raise broken(exc, exchange, self.HOUSE) from exc
-        finally:
-            reply.close()
-
-    def _until_over(self, reply: Reply) -> Iterator[List[Json]]:
-        """Batches of a stream; one that has finished may stay open, or break."""
-        try:
-            yield from batches_from_sse(reply.pieces())
-        except (OSError, http.client.HTTPException):
-            if not reply.hurried:
+            if isinstance(exc, (ValueError, RecursionError)) or not response.has_deadline:
+                self._note_broken_stream(exchange)
                 raise
+        yield read(None)
+        self._broken_streams = 0
 
-    def lacks_streams(self, status: int) -> bool:
+    def streaming_unsupported(self, status: int) -> bool:
         """Whether this answer to a request for a stream may mean that there are none."""
         return False
 
-    def _without_stream(self, exchange: Exchange, body: Json, reply: Reply) -> List[Json]:
-        """The stream endpoint is missing, or the model is: asking for the whole answer tells."""
-        refusal = reply.read(100000)
-        if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
-            raise self._error(404, refusal, exchange)
-        batch = self._whole(exchange, body)
-        self._replay_for(self.REPLAY_SECONDS, "the upstream does not stream")
-        return batch
-
     def _note_broken_stream(self, exchange: Exchange) -> None:
         with self._lock:
-            self._broken_streams += not exchange.gone.is_set()
-            tripped = self._broken_streams >= self.BROKEN_STREAMS
-        if tripped:
+            self._broken_streams += not exchange.disconnected.is_set()
+            too_many = self._broken_streams >= self.BROKEN_STREAMS
+        if too_many:
             self._broken_streams = 0
-            self._replay_for(self.BROKEN_SECONDS, "%d streams broke in a row" % self.BROKEN_STREAMS)
+            self._disable_streaming(self.BROKEN_SECONDS,
+                                "%d streams broke in a row" % self.BROKEN_STREAMS)
 
-    def _replay_for(self, seconds: float, reason: str) -> None:
-        LOG.warning("%s: whole answers for the next %d s", reason, seconds)
+    def _disable_streaming(self, seconds: float, reason: str) -> None:
+        LOG.warning("%s: no streaming for the next %d s", reason, seconds)
         with self._lock:
-            self._no_stream_until = time.monotonic() + seconds
+            self._streaming_disabled_until = time.monotonic() + seconds
 
-    def _whole(self, exchange: Exchange, body: Json) -> List[Json]:
-        reply, read = self.ask(exchange, body, False), self.reader()
-        try:
-            self._check(reply, exchange)
-            return read(self._checked([parse_upstream(reply.read())], exchange)) + read(None)
-        except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise broken(exc, exchange, self.HOUSE) from exc
-        finally:
-            reply.close()
-
-    def _check(self, reply: Reply, exchange: Exchange) -> None:
-        if not 200 <= reply.status < 300:
-            if reply.status == 401:
-                with self._lock:
-                    self._token = ""
-            error = self._error(reply.status, reply.read(100000), exchange)
-            wait = reply.fields.get("retry-after", "")
-            if error.status == 429 and error.should_retry is None and wait.isdecimal():
-                error.retry_after = float(wait[:9])
-            raise error
+    def _check(self, response: Response, exchange: Exchange) -> None:
+        if 200 <= response.status < 300:
+            return
+        if response.status == 401:
+            with self._lock:
+                self._token = ""
+        error = self._error(response.status, response.read(100000), exchange)
+        wait = response.fields.get("retry-after", "")
+        if error.status == 429 and error.should_retry is None and wait.isdecimal():
+            error.retry_after = float(wait[:9])
+        raise error
 
     def _checked(self, chunks: List[Any], exchange: Exchange) -> List[Json]:
         """The chunks, unless one is or holds an error object, as they come in a 200, too."""
@@ -4053,7 +3849,7 @@ class Upstream:
 
     def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
         keys = self.key_list + (exchange.client_key, self._token)
-        return upstream_error(status, raw, exchange.model, keys, self.HOUSE, self.SETTING)
+        return upstream_error(status, raw, exchange.model, keys, self.NAME, self.KEY_SETTING)
 
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
         """list_models, remembered for 10 minutes; None if upstream does not say."""
@@ -4073,32 +3869,27 @@ class Upstream:
     def get_json(self, path: str, client_key: str = "",
                  headers: Mapping[str, str] = MappingProxyType({})) -> Any:
         """GET something small. Raises ProxyError."""
-        exchange = Exchange({}, [""], lambda model: None, False, client_key)
+        exchange = Exchange({}, [""], client_key=client_key)
         try:
-            with contextlib.closing(self.send(exchange, path, None, self.COUNT_SECONDS,
-                                              headers)) as reply:
-                self._check(reply, exchange)
-                return parse_upstream(reply.read(10 << 20))
-        except (OSError, http.client.HTTPException, ValueError) as exc:
-            raise broken(exc, exchange, self.HOUSE) from exc
+            with connection_errors(exchange, self.NAME), contextlib.closing(
+                    self.send(exchange, path, None, self.COUNT_SECONDS, headers)) as response:
+                self._check(response, exchange)
+                return parse_upstream(response.read(10 << 20))
         except ProxyError as error:
             if error.status == 504:
-                error.message = "%s did not answer within %g s" % (self.HOUSE, self.COUNT_SECONDS)
+                error.message = "%s did not answer within %g s" % (self.NAME, self.COUNT_SECONDS)
             raise
 
     def send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float = 0,
-             headers: Mapping[str, str] = MappingProxyType({})) -> Reply:
+             headers: Mapping[str, str] = MappingProxyType({})) -> Response:
         """The only place that talks to an upstream."""
         fields = {"Content-Type": "application/json", "Accept-Encoding": "identity",
-                  "User-Agent": "claude_gemini_proxy/" + __version__}
-        fields.update(headers)
-        fields.update(self.authorization(exchange))
-        try:
+                  "User-Agent": "claude_gemini_proxy/" + __version__, **headers,
+                  **self.authorization(exchange)}
+        with connection_errors(exchange, self.NAME):
             request = urllib.request.Request("%s/%s" % (self.base, path), data, fields)
             request.exchange = exchange
             return self._opener.open(request, timeout=timeout or self._config.request_timeout)
-        except (OSError, http.client.HTTPException) as exc:
-            raise broken(exc, exchange, self.HOUSE) from exc
 
     def next_key(self, exchange: Exchange) -> str:
         exchange.key_number = self.keys.acquire(exchange.model)
@@ -4109,6 +3900,11 @@ class Upstream:
         return {"Authorization": "Bearer " + key} if key else {}
 
 
+_MODEL_MISSING = re.compile(r"(?i)models?\b.*\b(?:is|was) not found")
+_NO_JSON_SCHEMA = re.compile(
+    r"(?i)unknown name \"?parameters_?json_?schema|parameters_?json_?schema.*cannot find field")
+
+
 class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
@@ -4116,7 +3912,6 @@ class Gemini(Upstream):
 
     def __init__(self, config: Config, opener: Any) -> None:
         super().__init__(config, opener, config.base("gemini"), config.keys)
-        self._tools = ToolBytes()
         self._counting = threading.BoundedSemaphore(4)
         self._strict_tools = False
 
@@ -4124,23 +3919,18 @@ class Gemini(Upstream):
         body = exchange.translation.body
         return with_strict_tools(body) if self._strict_tools else body
 
-    def repair(self, error: ProxyError, body: Json, repaired: Dict[str, str]) -> Optional[Json]:
-        for pattern, name, change in GEMINI_REPAIRS:
-            if name not in repaired and pattern.search(error.message):
-                repaired[name] = error.message
-                changed = change(body)
-                if changed != body:
-                    LOG.warning("Gemini refused the %s: sent again without", name)
-                    with self._lock:
-                        self._strict_tools |= bool(_NO_JSON_SCHEMA.search(error.message))
-                    return changed
-        return None
+    def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
+        return gemini_repairs(body, message)
 
-    def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
-        return self._post(exchange, body,
+    def remember(self, exchange: Exchange) -> None:
+        if any(_NO_JSON_SCHEMA.search(message) for message in exchange.repaired.values()):
+            self._strict_tools = True
+
+    def ask(self, exchange: Exchange, stream: bool) -> Response:
+        return self._post(exchange, exchange.body,
                           "streamGenerateContent?alt=sse" if stream else "generateContent")
 
-    def lacks_streams(self, status: int) -> bool:
+    def streaming_unsupported(self, status: int) -> bool:
         return status in (404, 405, 501)
 
     def count(self, exchange: Exchange) -> Optional[int]:
@@ -4150,57 +3940,51 @@ class Gemini(Upstream):
         Vertex AI takes the request flat
         (https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens).
         """
+        body = exchange.translation.body
         if "aiplatform" in self.base:
-            kept = ("contents", "systemInstruction", "tools")
-            body = {k: v for k, v in exchange.translation.body.items() if k in kept}
+            body = {k: body[k] for k in ("contents", "systemInstruction", "tools") if k in body}
         else:
-            body = {"generateContentRequest": dict(exchange.translation.body,
-                                                   model="models/" + exchange.model)}
+            body = {"generateContentRequest": dict(body, model="models/" + exchange.model)}
         deadline = time.monotonic() + self.COUNT_SECONDS
         if not self._counting.acquire(timeout=self.COUNT_SECONDS):
             return None
         try:
-            reply = self._post(exchange, body, "countTokens", max(0.1, deadline - time.monotonic()))
-            with contextlib.closing(reply):
+            with connection_errors(exchange, self.NAME), contextlib.closing(self._post(
+                    exchange, body, "countTokens", max(0.1, deadline - time.monotonic()))) as reply:
                 self._check(reply, exchange)
-                tokens = parse_upstream(reply.read(100000)).get("totalTokens")
-            return tokens if isinstance(tokens, int) else None
-        except (ProxyError, OSError, http.client.HTTPException, ValueError, AttributeError) as exc:
-            LOG.info("%s: no token count, an estimate instead: %s", exchange.model, exc)
+                counted = parse_upstream(reply.read(100000))
+        except ProxyError as error:
+            LOG.info("%s: no token count, an estimate instead: %s", exchange.model, error.message)
             return None
         finally:
             self._counting.release()
+        tokens = counted.get("totalTokens") if isinstance(counted, dict) else None
+        return tokens if isinstance(tokens, int) else None
 
     def list_models(self, client_key: str = "") -> Dict[str, Json]:
-        """Source: https://ai.google.dev/api/models (read 2026-11-20)."""
-        found: Dict[str, Json] = {}
-        token = ""
-        for _ in range(10):
-            page = self.get_json("models?pageSize=1000" + token, client_key)
-            page = page if isinstance(page, dict) else {}
-            for model in _dicts(page.get("models")):
-                if "generateContent" in _list(model, "supportedGenerationMethods"):
-                    found[str(model.get("name")).rpartition("/")[2]] = model
-            if not page.get("nextPageToken"):
-                break
-            token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
-        return found
+        """Source: https://ai.google.dev/api/models (read 2026-11-20); 1000 is its largest page."""
+        page = self.get_json("models?pageSize=1000", client_key)
+        return {str(model.get("name")).rpartition("/")[2]: model
+                for model in _dicts(page.get("models") if isinstance(page, dict) else ())
+                if "generateContent" in _list(model, "supportedGenerationMethods")}
 
-    def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Reply:
+    def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Response:
         model = urllib.parse.quote(exchange.model, safe="/@")
         path = model if "/" in model else "models/" + model
         if "aiplatform" in self.base:
             body = without_invocations(body)
-        return self.send(exchange, "%s:%s" % (path, action), self._tools.dump(body), timeout)
+        return self.send(exchange, "%s:%s" % (path, action), dump_request(body), timeout)
 
     def next_key(self, exchange: Exchange) -> str:
         """The client's own key (CLIENT_KEYS), or the next of ours."""
         return exchange.client_key or super().next_key(exchange)
 
-    def next_token(self, repaired: Dict[str, str]) -> bool:
-        first = "token" not in repaired
-        repaired["token"] = ""
-        return first and bool(self._config.gemini_token_command) and not self._token
+    def rotate_key(self, error: ProxyError, exchange: Exchange) -> bool:
+        """With GEMINI_TOKEN_COMMAND a 401 has dropped the token: the next try makes a new one."""
+        if not self._config.gemini_token_command:
+            return super().rotate_key(error, exchange)
+        exchange.key_changes += 1
+        return not self._token and exchange.key_changes == 1
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
@@ -4216,7 +4000,7 @@ class Gemini(Upstream):
                 done = subprocess.run(shlex.split(self._config.gemini_token_command),
                                       stdout=subprocess.PIPE,
                                       stdin=subprocess.DEVNULL, timeout=30, check=True)
-                token = _secret(done.stdout.decode().strip().rpartition("\n")[2])
+                token = parse_secret(done.stdout.decode().strip().rpartition("\n")[2])
             except (OSError, ValueError, subprocess.SubprocessError) as exc:
                 what = "%s, status %s" % (type(exc).__name__, getattr(exc, "returncode", "-"))
                 raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % what,
@@ -4232,16 +4016,17 @@ class OpenAI(Upstream):
     NAMES_ITS_END = True
 
     def __init__(self, name: str, config: Config, opener: Any) -> None:
-        keys = config.openrouter_api_key if name == "openrouter" else config.openai_api_key
-        super().__init__(config, opener, config.base(name), _names(keys))
-        self.HOUSE = "OpenRouter" if name == "openrouter" else "The server"
-        self.SETTING = "OPENROUTER_API_KEY" if name == "openrouter" else "OPENAI_API_KEY"
+        router = name == "openrouter"
+        keys = config.openrouter_api_key if router else config.openai_api_key
+        super().__init__(config, opener, config.base(name), parse_names(keys))
+        self.NAME = "OpenRouter" if router else "The server"
+        self.KEY_SETTING = "OPENROUTER_API_KEY" if router else "OPENAI_API_KEY"
         self._dialect = openai_dialect(name, config)
-        self._refused = Bounded(1000)  # (model, field, its value as JSON) and the like
+        self._refused = LRUCache(1000)  # (model, field) -> values as JSON that it refused
 
     def first_body(self, exchange: Exchange) -> Json:
         """Without what the model has refused before. A model that the upstream does not list is
-        refused here, with its like."""
+        refused here, with similar names."""
         body = exchange.translation.body
         listed = self.models() or {}
         model = body["model"]
@@ -4256,24 +4041,16 @@ class OpenAI(Upstream):
             body["stream_options"] = {"include_usage": True}
         return self._without_refused(body)
 
-    def repair(self, error: ProxyError, body: Json, repaired: Dict[str, str]) -> Optional[Json]:
-        for name, message in repaired.items():
-            if message == error.message:  # it has not helped
-                repaired[name] = ""
-        for name, changed in openai_repairs(body, error.message):
-            if name not in repaired and changed != body:
-                repaired[name] = error.message
-                LOG.warning("%s refused %s: sent again without", self.HOUSE, name)
-                return changed
-        return None
+    def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
+        return openai_repairs(body, message)
 
-    def accepted(self, exchange: Exchange, body: Json, repaired: Dict[str, str]) -> None:
+    def remember(self, exchange: Exchange) -> None:
         """What was refused is not sent again with this value, now that the rest was taken. Media
         are: the next ones may be better."""
-        was, model = exchange.translation.body, body["model"]
-        for name, message in repaired.items():
+        was, model = exchange.translation.body, exchange.body["model"]
+        for name, message in exchange.repaired.items():
             most = _AT_MOST.search(message)
-            if name in LUXURIES and message:
+            if name in OPTIONAL_FIELDS and message:
                 self._refused.put((model, name, json.dumps(was.get(name))), True)
             elif name in LIMITS and message:
                 self._refused.put((model, name), True)
@@ -4291,7 +4068,7 @@ class OpenAI(Upstream):
     def _without_refused(self, body: Json) -> Json:
         """A body without what its model has refused before."""
         model = body["model"]
-        for name in LIMITS + LUXURIES:
+        for name in LIMITS + OPTIONAL_FIELDS:
             if name in body and (self._refused.get((model, name)) or self._refused.get(
                     (model, name, json.dumps(body[name])))):
                 body = without_field(body, name)
@@ -4299,20 +4076,16 @@ class OpenAI(Upstream):
         return dict(body, **{name: min(body[name], most) for name in LIMITS
                              if most and name in body})
 
-    def ask(self, exchange: Exchange, body: Json, stream: bool) -> Reply:
-        if stream:
-            body = dict(body, stream=True)
-        else:
-            body = {name: value for name, value in body.items() if name != "stream_options"}
+    def ask(self, exchange: Exchange, stream: bool) -> Response:
+        body = dict(exchange.body, stream=True)
+        if not stream:
+            body = {k: v for k, v in exchange.body.items() if k != "stream_options"}
         return self.send(exchange, "chat/completions", dump_json(body))
 
     def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
         chunks = ChunksFromOpenAI(self._dialect)
         return lambda objects: (chunks.end() if objects is None
                                 else [chunks.feed(each) for each in objects])
-
-    def count(self, exchange: Exchange) -> Optional[int]:
-        return None  # there is no such request; the estimate learns from each answer
 
     def list_models(self, client_key: str = "") -> Dict[str, Json]:
         """Source: https://openrouter.ai/docs/api-reference/list-available-models (read 2026-11-21);
@@ -4321,30 +4094,27 @@ class OpenAI(Upstream):
         found = {}
         for model in _dicts(page.get("data") if isinstance(page, dict) else page):
             limits = model.get("top_provider")
+            limits = limits if isinstance(limits, dict) else {}
             found[str(model.get("id"))] = {
                 "displayName": model.get("name"),
                 "inputTokenLimit": model.get("context_length") or model.get("max_model_len"),
-                "outputTokenLimit": limits.get("max_completion_tokens")
-                if isinstance(limits, dict) else None}
+                "outputTokenLimit": limits.get("max_completion_tokens")}
         return found
 
 
 class Anthropic(Upstream):
     """Anthropic itself: nothing is translated, requests and answers pass as they are."""
 
-    HOUSE, SETTING = "Anthropic", "ANTHROPIC_API_KEY"
+    NAME, KEY_SETTING = "Anthropic", "ANTHROPIC_API_KEY"
     KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
             "anthropic-dangerous-direct-browser-access")
 
-    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
+    def attempt(self, exchange: Exchange) -> Iterator[List[Json]]:
         raise ProxyError(404, "model: %s passes through as it is, so it cannot stand in for another"
                          % exchange.model)
 
-    def count(self, exchange: Exchange) -> Optional[int]:
-        return None
-
     def forward(self, exchange: Exchange, path: str, body: bytes,
-                headers: Mapping[str, str]) -> Reply:
+                headers: Mapping[str, str]) -> Response:
         kept = {name: value for name, value in headers.items()
                 if name in self.KEPT or name.startswith("x-stainless-")}
         return self.send(exchange, path.lstrip("/"), body, 0, kept)
@@ -4361,25 +4131,24 @@ class Anthropic(Upstream):
 
 
 class Upstreams:
-    """All upstreams that are configured, as one. FALLBACK_MODELS may lead from one to another."""
+    """The configured upstreams by name."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, only: Optional[Upstream] = None) -> None:
+        self.max_retries = config.max_retries
         bases = [config.base(name) for name in config.upstreams]
         self._pool = ConnectionPool(any(base.startswith("https:") for base in bases))
         opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self._pool):
             opener.add_handler(handler)
-        self.members: Dict[str, Any] = {name: self._member(name, opener)
-                                        for name in config.upstreams}
-
-    def _member(self, name: str, opener: Any) -> Any:
-        if name == "gemini":
-            return Gemini(self._config, opener)
-        if name == "anthropic":
-            return Anthropic(self._config, opener, ANTHROPIC_BASE,
-                             _names(self._config.anthropic_api_key))
-        return OpenAI(name, self._config, opener)
+        self.members: Dict[str, Any] = {"gemini": only} if only else {}
+        for name in config.upstreams if not only else ():
+            if name == "gemini":
+                self.members[name] = Gemini(config, opener)
+            elif name == "anthropic":
+                self.members[name] = Anthropic(config, opener, ANTHROPIC_BASE,
+                                               parse_names(config.anthropic_api_key))
+            else:
+                self.members[name] = OpenAI(name, config, opener)
 
     def of(self, model: str) -> Any:
         """The upstream of a full model name."""
@@ -4388,31 +4157,6 @@ class Upstreams:
             raise ProxyError(404, "model: %s needs an upstream that is not configured (%s)"
                              % (model, name))
         return self.members[name]
-
-    def default_model(self) -> str:
-        """The first model that the OpenAI-compatible server lists."""
-        listed = self.of("openai/default").models() or {"default": {}}
-        return "openai/" + next(iter(listed))
-
-    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
-        """The answer's chunks; of the next model where one has no quota, no room, or is unknown."""
-        cause = None
-        while True:
-            try:
-                batches = self.of(exchange.model).batches(exchange)
-                first = next(batches, [])
-                break
-            except ProxyError as error:
-                cause = cause or error
-                if error.status not in (402, 404, 429, 529) or not exchange.next_model():
-                    raise cause if error.status in (401, 403, 404) else error
-                exchange.retries += 1
-                LOG.warning("falling back to %s", exchange.model)
-        yield first
-        yield from batches
-
-    def count(self, exchange: Exchange) -> Optional[int]:
-        return self.of(exchange.model).count(exchange)
 
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
         """All models by full name, Gemini's first; None if no upstream says."""
@@ -4423,13 +4167,8 @@ class Upstreams:
             found.update((prefix + id_, model) for id_, model in listed.items())
         return found or None
 
-    def list_models(self) -> None:
-        """Ask each upstream for its models. Raises ProxyError."""
-        for member in self.members.values():
-            member.list_models()
-
     def key_states(self) -> List[Json]:
-        """The keys by number, each with the seconds that it still rests for a model."""
+        """The keys by number, each with the seconds that it still cools down for a model."""
         return [dict(state, upstream=name) for name, member in self.members.items()
                 if member.key_list for state in member.keys.states()]
 
@@ -4437,63 +4176,43 @@ class Upstreams:
         self._pool.close_idle()
 
 
-def parse_upstream(raw: bytes) -> Any:
-    """An upstream body as JSON; ValueError, not a client's mistake, if it is none."""
-    try:
-        return parse_json(raw)
-    except ProxyError as exc:
-        raise ValueError(exc.message) from None
+# ---- 13. Delivery (I/O) ---------------------------------------------------------------------
 
+def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
+            feed: Callable[[List[Json]], None]) -> None:
+    """Ask until there is an answer, and give each batch of its chunks to `feed`.
 
-def broken(exc: Exception, exchange: Exchange, house: str) -> ProxyError:
-    """A connection that failed, or an answer that is none -> ProxyError."""
-    reason = exc.reason if isinstance(exc, urllib.error.URLError) else exc
-    if exchange.gone.is_set():
-        return ProxyError(499, "the client has left")
-    if isinstance(reason, socket.timeout):
-        return ProxyError(504, "%s was silent for too long (REQUEST_TIMEOUT)." % house)
-    if isinstance(reason, ssl.SSLCertVerificationError):
-        return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE "
-                          "to your CA bundle." % reason.verify_message, should_retry=False)
-    if isinstance(reason, socket.gaierror):
-        return ProxyError(
-            500, "The upstream's host name cannot be found (its API_BASE, or HTTPS_PROXY): %s"
-                          % reason.strerror)
-    if isinstance(reason, (ValueError, RecursionError)):
-        return ProxyError(500, "%s's answer is not valid JSON: %s" % (house, str(reason)[:200]),
-                          transient=True)
-    return ProxyError(529, "The connection to %s broke: %s" % (house, type(reason).__name__),
-                      transient=True)
-
-
-# ---- 12. Delivery (I/O) ---------------------------------------------------------------------
-
-def deliver(upstream: Any, exchange: Exchange, emitter: MessageEmitter, max_retries: int,
-            emit: Callable[..., None]) -> None:
-    """Ask, and ask again while the answer is of no use; every step's events go through `emit`.
-
-    A stream that breaks is asked for again only while the client has been told nothing of it.
+    What fails is asked for again, changed where the error tells how, with another key, or of the
+    next model of FALLBACK_MODELS; and so is an empty answer. A stream that breaks is asked for
+    again only while the client has seen nothing of it.
     """
+    max_retries, first_error = upstreams.max_retries, None
     while True:
+        upstream = upstreams.of(exchange.model)
         try:
-            for batch in upstream.batches(exchange):
+            for batch in upstream.attempt(exchange):
                 emitter.adopt(exchange.translation)
-                emit(emitter.feed_all, batch, exchange.is_whole)
-        except ProxyError as error:
-            if not error.transient or emitter.has_begun or exchange.failures >= max_retries:
-                raise
-            LOG.info("%s: asking again: %s", exchange.model, error.message)
-        else:
-            if not emitter.is_useless or exchange.failures >= max_retries:
+                feed(batch)
+            if not emitter.is_empty or exchange.failures >= max_retries:
                 return
             LOG.info("%s: empty or malformed (%s)", exchange.model, emitter.finish_reason)
-        exchange.failures += 1
+            exchange.failures += 1
+        except ProxyError as error:
+            if emitter.has_started:
+                raise
+            LOG.info("%s: %s", exchange.model, error.message)
+            if not upstream.prepare_retry(error, exchange):
+                first_error = first_error or error
+                if error.status not in (402, 404, 429, 529) or not exchange.next_model():
+                    # what a fallback says of its own configuration would only mislead
+                    raise first_error if error.status in (401, 403, 404) else error
+                LOG.warning("falling back to %s", exchange.model)
         exchange.retries += 1
         emitter.again()
 
 
 class EventStream:
-    """An SSE answer to one client. The handler's thread emits events, the heartbeat's thread pings.
+    """An SSE answer to one client. The handler's thread feeds chunks, the heartbeat's thread pings.
 
     `200` and message_start leave with the first event, or with the first ping: until then a failure
     can still be a real HTTP error.
@@ -4506,29 +4225,30 @@ class EventStream:
         self._lock = threading.Lock()  # protects all below and the emitter; held while writing
         self._write, self._head, self._emitter = write, head, emitter
         self._ping_seconds, self._chunked = ping_seconds, chunked
-        self.committed = False
-        self._held = b""
+        self.committed = False         # the head has been sent
+        self._held, self._may_hold = b"", True
         self.first_event_at = 0.0
         self._closed = False
         self._last_write = self._last_event = time.monotonic()
 
-    def emit(self, step: Callable[..., List[Json]], batch: Any, is_last: bool = False) -> None:
-        """Send the events of one step of the emitter, in one write; the last ones leave together
-        with the end, which follows at once."""
+    def feed(self, chunks: List[Json]) -> None:
+        """Send what chunks that arrived together add, in one write. Those with a finishReason are
+        held for the end, which follows at once, or for the next beat."""
         with self._lock:
-            frames = [sse_frame(event) for event in step(batch)]
+            self._may_hold = self._may_hold and not self._held  # what was held was no end
+            frames = frames_of(self._emitter.feed(chunks))
             if frames:
                 self._last_event = time.monotonic()
                 self.first_event_at = self.first_event_at or self._last_event
-                self._held += b"".join(frames)
-            if self._held and not is_last:
+                self._held += frames
+            if self._held and not (self._may_hold and has_finish(chunks)):
                 self._send(b"")
 
-    def end(self, step: Callable[..., List[Json]]) -> None:
+    def finish(self) -> None:
         """Send the last events and the end of the body; no ping can follow."""
         with self._lock:
             self._closed = True
-            self._send(b"".join([sse_frame(event) for event in step()]), b"0\r\n\r\n")
+            self._send(frames_of(self._emitter.finish()), b"0\r\n\r\n")
 
     def fail(self, error: ProxyError, request_id: str) -> None:
         """Tell of a failure in the middle of the stream: it must not look like an end."""
@@ -4540,29 +4260,29 @@ class EventStream:
         with self._lock:
             self._closed = True
 
-    def beat(self, now: float) -> None:
+    def ping_if_idle(self, now: float) -> None:
         """Ping if the client has heard nothing for a while. Never waits: others are due, too."""
-        if now - self._last_write < self._ping_seconds or not self._lock.acquire(blocking=False):
+        quiet = now - self._last_write >= self._ping_seconds
+        if not (quiet or self._held) or not self._lock.acquire(blocking=False):
             return
         try:
             if self._closed:
                 return
-            alive = b""
-            if now - self._last_event >= self.THINKING_SECONDS:
-                alive = b"".join([sse_frame(event) for event in self._emitter.keep_alive()])
+            frames = b""
+            if quiet and now - self._last_event >= self.THINKING_SECONDS:
+                frames = frames_of(self._emitter.keep_alive())
                 self._last_event = now
-            self._send(alive + PING)
+            self._send(frames + (PING if quiet else b""))
         finally:
             self._lock.release()
 
     def _send(self, frames: bytes, end: bytes = b"") -> None:
         frames, self._held = self._held + frames, b""
+        head = b""
         if not self.committed:
             self.committed = True
-            frames = b"".join([sse_frame(event) for event in self._emitter.start()]) + frames
+            frames = frames_of(self._emitter.start()) + frames
             head = self._head
-        else:
-            head = b""
         if self._chunked:
             frames = b"%x\r\n%s\r\n%s" % (len(frames), frames, end)
         self._last_write = time.monotonic()
@@ -4612,85 +4332,80 @@ class Heartbeat:
             now = time.monotonic()
             for exchange, (client, stream) in watched:
                 try:
-                    if has_left(client):
+                    if is_disconnected(client):
                         exchange.cancel()
                     elif stream and is_ready(client, to_write=True):
-                        stream.beat(now)
+                        stream.ping_if_idle(now)
                 except (OSError, ValueError):  # closed under our hands
                     exchange.cancel()
 
 
-# ---- 13. HTTP front end (I/O) ---------------------------------------------------------------
+# ---- 14. HTTP server (I/O) ------------------------------------------------------------------
 
 class ProxyServer(ThreadingHTTPServer):
     """A thread for each connection; the shared objects that handlers use hang here."""
 
     daemon_threads = True
     request_queue_size = 512
+    OVER_LIMIT = 64  # connections beyond MAX_CONNECTIONS that are still told so
 
-    def __init__(self, config: Config, upstream: Any = None) -> None:
+    def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
         self.metrics = Metrics()
         self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
                                          config.signature_cache_bytes)
-        self.declarations = Declarations()
+        self.declarations = DeclarationCache()
         self.tokens = TokenCounts()
         self.traffic = Traffic()
-        self.upstream = upstream or Upstreams(config)
+        self.upstream = Upstreams(config, upstream)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
         self.started = time.time()
         self.draining = False
         self._active_lock = threading.Lock()  # protects the three below
         self.active = 0   # connections
         self.busy = 0     # requests under way on them
-        self.surplus: set = set()
+        self.over_limit: set = set()
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
 
     def server_bind(self) -> None:
         """Without HTTPServer's look-up of the host's name, which can take seconds."""
-        if self.allow_reuse_address and os.name == "posix":
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
+        socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     @property
     def url(self) -> str:
-        host = self.server_name
-        return "http://%s:%d" % ("[%s]" % host if ":" in host else host, self.server_port)
-
-    SURPLUS = 64  # connections beyond MAX_CONNECTIONS that are still told so
+        return local_url(self.server_name, self.server_port)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._active_lock:
             self.active += 1
             over = self.active - self.config.max_connections
             if over > 0:
-                self.surplus.add(request)
-        if over > self.SURPLUS:
-            self.forget(request)
+                self.over_limit.add(request)
+        if over > self.OVER_LIMIT:
+            self.release(request)
             self.shutdown_request(request)
-        else:
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:  # no thread can be started
-                self.forget(request)
-                raise
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread can be started
+            self.release(request)
+            raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.forget(request)
+            self.release(request)
 
-    def forget(self, request: Any) -> None:
+    def release(self, request: Any) -> None:
         with self._active_lock:
             self.active -= 1
-            self.surplus.discard(request)
+            self.over_limit.discard(request)
 
     @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def in_flight(self) -> Iterator[None]:
         with self._active_lock:
             self.busy += 1
         try:
@@ -4721,6 +4436,10 @@ class ProxyServer(ThreadingHTTPServer):
         self.upstream.close()
 
 
+def local_url(host: str, port: int) -> str:
+    return "http://%s:%d" % ("[%s]" % host if ":" in host else host, port)
+
+
 def today() -> str:
     return time.strftime("%Y-%m-%d", time.gmtime())
 
@@ -4728,17 +4447,6 @@ def today() -> str:
 def new_id(prefix: str) -> str:
     """A fresh id, also over restarts: clients merge answers that share one."""
     return prefix + secrets.token_hex(12)
-
-
-def http_response(status: int, body: bytes, headers: Mapping[str, str], close: bool = False,
-                  content_type: str = "application/json", send_body: bool = True) -> bytes:
-    """Head and body as one piece: written apart, Nagle's algorithm and delayed ACKs add 40 ms."""
-    lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Overloaded")),
-             "Server: claude_gemini_proxy/" + __version__, "Content-Type: " + content_type,
-             "Content-Length: %d" % len(body)]
-    lines += ["%s: %s" % item for item in headers.items()]
-    lines += ["Connection: close"] if close else []
-    return "\r\n".join(lines + ["", ""]).encode("latin-1") + (body if send_body else b"")
 
 
 class DeadlineReader(io.RawIOBase):
@@ -4764,8 +4472,11 @@ class DeadlineReader(io.RawIOBase):
             self._sock.settimeout(usual)
 
 
-class ProxyHandler(BaseHTTPRequestHandler):
-    """One client connection; the base class reads request lines and headers."""
+class HTTPHandler(BaseHTTPRequestHandler):
+    """One client connection: reads requests, refuses bad ones, writes responses.
+
+    Stricter than the base class about what two readers could take in two ways, and quicker.
+    """
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -4782,33 +4493,32 @@ class ProxyHandler(BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.reader, 65536)
 
     def handle_one_request(self) -> None:
+        self.close_connection = True
         try:
             self.reader.allow(self.idle_seconds)
             while self.rfile.peek(1)[:1] in (b"\r", b"\n"):  # RFC 9112, 2.2: some send too many
                 self.rfile.read(1)
             if not self.rfile.peek(1):
-                self.close_connection = True
                 return
         except (ConnectionError, socket.timeout):
-            self.close_connection = True
             return
         self.reader.allow(self.head_seconds)
-        with self.server.working():
+        with self.server.in_flight():
             super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """Read the head of a request, stricter than the base class and quicker."""
-        self.close_connection = True
+        self.request_id = new_id("req_")
+        self.body_read, self.close_connection = False, True
         self.requestline = str(self.raw_requestline, "latin-1").rstrip("\r\n")
         found = re.fullmatch(r"([A-Z]+) /*(/[!-~\x80-\xff]*) (HTTP/1\.[0-9])", self.requestline)
-        self.command, self.path, self.request_version = found.groups() if found else (
-            "", "", self.default_request_version)
         if not found:
+            self.command, self.request_version = "", self.default_request_version
             if self.raw_requestline:
                 self.send_error(400, "the request line is not METHOD /path HTTP/1.1")
             return False
+        self.command, self.path, self.request_version = found.groups()
         try:
-            self.headers = parse_fields(read_head(self.rfile))
+            self.headers = parse_headers(read_head(self.rfile))
         except ValueError as exc:
             self.send_error(431 if "longer" in str(exc) else 400,
                             "the headers are malformed: %s" % exc)
@@ -4818,10 +4528,164 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.request_version == "HTTP/1.0" and "keep-alive" not in options)
         return True
 
+    def guard(self) -> None:
+        """Refuse what a web page in the user's browser may send, and what there is no room for.
+
+        A page cannot forge these headers; programs do not send Origin or Sec-Fetch-Site. A Host
+        that is not ours on a loopback address is DNS rebinding.
+        """
+        wanted, self.close_connection = self.close_connection, True  # after any refusal here
+        config, host = self.server.config, self.headers.get("host") or ""
+        origin = self.headers.get("origin")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        if origin is not None and origin != "http://" + host:
+            raise ProxyError(403, "Requests from web pages are refused (Origin: %s)." % origin[:99])
+        if self.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise ProxyError(403, "Requests from other web sites are refused (Sec-Fetch-Site).")
+        if host and is_loopback(config.host) and not is_loopback(name):
+            raise ProxyError(403, "Host: %s is not this proxy; it listens on %s."
+                             % (name[:100], self.server.url))
+        if self.connection in self.server.over_limit:
+            raise ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)."
+                             % config.max_connections, retry_after=2)
+        if self.server.draining:
+            raise ProxyError(529, "The proxy is shutting down.", retry_after=2)
+        self.close_connection = wanted
+
+    def authorize(self) -> None:
+        """Compare the front token in constant time; either header will do, clients send both."""
+        token = self.server.config.proxy_auth_token.encode()
+        matches = [hmac.compare_digest(given.encode("latin-1", "replace"), token)
+                   for given in self.given_tokens()]
+        if token and not any(matches):
+            raise ProxyError(401, "This proxy requires its PROXY_AUTH_TOKEN, as x-api-key or as "
+                             "Authorization: Bearer.", should_retry=False)
+
+    def given_tokens(self) -> List[str]:
+        bearer = self.headers.get("authorization") or ""
+        bearer = bearer[7:].strip() if bearer[:7].lower() == "bearer " else ""
+        return [self.headers.get("x-api-key") or "", bearer]
+
+    def client_key(self) -> str:
+        """With CLIENT_KEYS: the client's own Gemini key, beside the front token if there is one."""
+        config = self.server.config
+        if not config.client_keys:
+            return ""
+        keys = [key for key in self.given_tokens() if key and key != config.proxy_auth_token]
+        if not keys:
+            raise ProxyError(401, "This proxy requires your own Gemini key, as x-api-key or as "
+                             "Authorization: Bearer.", should_retry=False)
+        return keys[0]
+
+    def read_body(self) -> bytes:
+        """The request's body, counted or chunked. Raises ProxyError; the connection then closes."""
+        length, coding = map(self.headers.get, ("content-length", "transfer-encoding"))
+        limit = self.server.config.max_body_bytes
+        if self.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ProxyError(415, "Content-Encoding: send the body as it is, not compressed.")
+        if coding is not None and (length is not None or coding.lower() != "chunked"):
+            raise invalid("Transfer-Encoding: must be chunked, alone and without Content-Length.")
+        if coding is None and length is None:
+            raise ProxyError(411, "Content-Length: a request body is needed.")
+        if length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
+            raise invalid("Content-Length: must be one whole number.")
+        size = int(length or 0)
+        if size > limit:
+            raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)."
+                             % (size, limit))
+        self.reader.allow(self.body_seconds + (limit if coding else size) / 100000)
+        if (self.headers.get("expect", "").lower() == "100-continue"
+                and self.request_version != "HTTP/1.0"):
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            body = self.read_chunked(limit) if coding else self.rfile.read(size)
+        except socket.timeout:
+            raise ProxyError(408, "The request's body took too long to arrive.") from None
+        if len(body) < size:
+            raise ConnectionAbortedError("the client left within its body")
+        self.body_read = True
+        return body
+
+    def read_chunked(self, limit: int) -> bytes:
+        """A chunked body; what stands behind it has been read, too, so the connection closes."""
+        self.close_connection = True
+        body = bytearray()
+        try:
+            for piece in unchunked(lambda: self.rfile.read1(65536), limit):
+                body += piece
+                if len(body) > limit:
+                    raise ValueError("a body above the limit")
+        except ValueError:
+            raise ProxyError(413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)."
+                             % limit) from None
+        except http.client.IncompleteRead:
+            raise invalid("Transfer-Encoding: the body ends too early.") from None
+        except http.client.HTTPException as exc:
+            raise invalid("Transfer-Encoding: %s" % exc) from None
+        return bytes(body)
+
+    def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
+                content_type: str = "application/json") -> None:
+        """Send an answer. A body that was not read is what the next request would be taken from.
+
+        Head and body go in one piece: apart, Nagle's algorithm and delayed ACKs add 40 ms.
+        """
+        unread = not self.body_read and (self.headers.get("content-length", "0") != "0"
+                                         or "transfer-encoding" in self.headers
+                                         or self.command not in ("GET", "HEAD"))
+        self.close_connection = self.close_connection or unread
+        head = self.response_head(status, {
+            "Content-Type": content_type, "Content-Length": len(body), **headers})
+        self.wfile.write(head + (body if self.command != "HEAD" else b""))
+        if unread:
+            self.drain_body()
+
+    def response_head(self, status: int, headers: Mapping[str, Any]) -> bytes:
+        lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Overloaded")),
+                 "Server: claude_gemini_proxy/" + __version__, "request-id: " + self.request_id]
+        lines += ["%s: %s" % item for item in headers.items()]
+        lines += ["Connection: close"] if self.close_connection else []
+        return "\r\n".join(lines + ["", ""]).encode("latin-1")
+
+    def drain_body(self) -> None:
+        """Take a little more of a refused body: closing at once would reset the answer away."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.reader.allow(self.drain_seconds)
+            left = 4 << 20
+            while left > 0:
+                piece = self.rfile.read1(65536)
+                if not piece:
+                    break
+                left -= len(piece)
+
+    def respond_json(self, value: Any) -> None:
+        self.respond(200, dump_json(value))
+
+    def send_error(self, code: int, message: Optional[str] = None,
+                   explain: Optional[str] = None) -> None:
+        """What is wrong with a request line or header, here or in the base class."""
+        self.request_id, self.headers, self.body_read = new_id("req_"), {}, False
+        self.close_connection = True
+        status = {501: 405, 505: 400, 414: 413, 431: 413}.get(code, code)
+        error = ProxyError(status, "Bad HTTP request: %s"
+                           % str(message or http.client.responses.get(code))[:200])
+        with contextlib.suppress(OSError):
+            self.command = ""  # whatever it is, a body may follow
+            self.respond(status, dump_json(error.body(self.request_id)))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        LOG.debug(format, *args)
+
+
+# ---- 15. Endpoints (I/O) --------------------------------------------------------------------
+
+class ProxyHandler(HTTPHandler):
+    """Answers requests; ROUTES says which method has which address."""
+
     def route(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
-        self.request_id = new_id("req_")
-        self.body_read = self.logged = self.admitted = False
+        self.logged = self.admitted = False
         self.stream: Optional[EventStream] = None
         try:
             path = urllib.parse.unquote(self.path.partition("?")[0]).rstrip("/") or "/"
@@ -4847,170 +4711,18 @@ class ProxyHandler(BaseHTTPRequestHandler):
         except RecursionError:
             self.respond_error(invalid("The request is nested too deeply."))
         except Exception:
-            LOG.exception("%s failed inside", self.request_id)
-            self.respond_error(ProxyError(500, "The proxy failed inside; its log says where (%s)."
+            LOG.exception("%s internal error", self.request_id)
+            self.respond_error(ProxyError(500, "Internal error in the proxy; see its log (%s)."
                                           % self.request_id))
 
     do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = route
-
-    def guard(self) -> None:
-        """Refuse what a web page in the user's browser may send, and what there is no room for.
-
-        A page cannot forge these headers; programs do not send Origin or Sec-Fetch-Site. A Host
-        that is not ours on a loopback address is DNS rebinding.
-        """
-        wanted, self.close_connection = self.close_connection, True  # after any refusal here
-        host = self.headers.get("host") or ""
-        origin = self.headers.get("origin")
-        name = re.sub(r":\d*$", "", host).strip("[]").lower()
-        if origin is not None and origin != "http://" + host:
-            raise ProxyError(403, "Requests from web pages are refused (Origin: %s)." % origin[:99])
-        if self.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise ProxyError(403, "Requests from other web sites are refused (Sec-Fetch-Site).")
-        if host and is_loopback(self.server.config.host) and not is_loopback(name):
-            raise ProxyError(403, "Host: %s is not this proxy; it listens on %s."
-                             % (name[:100], self.server.url))
-        if self.connection in self.server.surplus:
-            raise ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)."
-                             % self.server.config.max_connections, retry_after=2)
-        if self.server.draining:
-            raise ProxyError(529, "The proxy is shutting down.", retry_after=2)
-        self.close_connection = wanted
-
-    def authorize(self) -> None:
-        """Compare the front token in constant time; either header will do, clients send both."""
-        token = self.server.config.proxy_auth_token
-        given = self.given_tokens()
-        if token and not any([hmac.compare_digest(each.encode("latin-1", "replace"), token.encode())
-                              for each in given]):
-            raise ProxyError(401, "This proxy wants its PROXY_AUTH_TOKEN, as x-api-key or as "
-                             "Authorization: Bearer.", should_retry=False)
-
-    def given_tokens(self) -> List[str]:
-        bearer = self.headers.get("authorization") or ""
-        bearer = bearer[7:].strip() if bearer[:7].lower() == "bearer " else ""
-        return [self.headers.get("x-api-key") or "", bearer]
-
-    def client_key(self) -> str:
-        """With CLIENT_KEYS: the client's own Gemini key, beside the front token if there is one."""
-        config = self.server.config
-        if not config.client_keys:
-            return ""
-        keys = [key for key in self.given_tokens() if key and key != config.proxy_auth_token]
-        if not keys:
-            raise ProxyError(401, "This proxy wants your own Gemini key, as x-api-key or as "
-                             "Authorization: Bearer.", should_retry=False)
-        return keys[0]
-
-    def read_body(self) -> bytes:
-        """The request's body, counted or chunked. Raises ProxyError; the connection then closes."""
-        length, coding = map(self.headers.get, ("content-length", "transfer-encoding"))
-        limit = self.server.config.max_body_bytes
-        if self.headers.get("content-encoding", "identity").lower() != "identity":
-            raise ProxyError(415, "Content-Encoding: send the body as it is, not compressed.")
-        if coding is not None:
-            if length is not None or coding.lower() != "chunked":
-                raise invalid(
-                    "Transfer-Encoding: must be chunked, alone and without Content-Length.")
-            body = self.read_chunked(limit)
-        else:
-            if length is None:
-                raise ProxyError(411, "Content-Length: a request body is needed.")
-            if not re.fullmatch(r"[0-9]{1,15}", length):
-                raise invalid("Content-Length: must be one whole number.")
-            size = int(length)
-            if size > limit:
-                raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)."
-                                 % (size, limit))
-            self.expect_body(self.body_seconds + size / 100000)
-            body = self.read_exactly(size)
-        self.body_read = True
-        return body
-
-    def expect_body(self, seconds: float) -> None:
-        self.reader.allow(seconds)
-        if (self.headers.get("expect", "").lower() == "100-continue"
-                and self.request_version != "HTTP/1.0"):
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-    def read_exactly(self, size: int) -> bytes:
-        try:
-            data = self.rfile.read(size)
-        except socket.timeout:
-            raise ProxyError(408, "The request's body took too long to arrive.") from None
-        if len(data) < size:
-            raise ConnectionAbortedError("the client left within its body")
-        return data
-
-    def read_chunked(self, limit: int) -> bytes:
-        self.expect_body(self.body_seconds + limit / 100000)
-        self.line_bytes = 0
-        pieces: List[bytes] = []
-        total = 0
-        while True:
-            line = self.read_line()
-            size = re.match(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[^\r\n]*)?\r\n$", line)
-            if not size:
-                raise invalid("Transfer-Encoding: a chunk's size is not a hexadecimal number.")
-            length = int(size.group(1), 16)
-            total += length
-            if total > limit:
-                raise ProxyError(
-                    413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)." % limit)
-            if not length:
-                break
-            pieces.append(self.read_exactly(length))
-            if self.read_exactly(2) != b"\r\n":
-                raise invalid("Transfer-Encoding: a chunk is longer than it says.")
-        while self.read_line() not in (b"\r\n", b"\n"):
-            pass  # trailers
-        return b"".join(pieces)
-
-    def read_line(self) -> bytes:
-        """A chunk's size or a trailer; all of them together are bounded, too."""
-        try:
-            line = self.rfile.readline(8000)
-        except socket.timeout:
-            raise ProxyError(408, "The request's body took too long to arrive.") from None
-        self.line_bytes += len(line)
-        if not line or self.line_bytes > 1 << 20:
-            raise invalid("Transfer-Encoding: the body ends too early, or holds too many lines.")
-        return line
-
-    def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
-                content_type: str = "application/json") -> None:
-        """Send an answer. A body that was not read is what the next request would be taken from."""
-        unread = not self.body_read and (self.headers.get("content-length", "0") != "0"
-                                         or "transfer-encoding" in self.headers
-                                         or self.command not in ("GET", "HEAD"))
-        self.close_connection = self.close_connection or unread
-        headers = dict(headers, **{"request-id": self.request_id})
-        self.wfile.write(http_response(status, body, headers, self.close_connection, content_type,
-                                       self.command != "HEAD"))
-        if unread:
-            self.drain()
-
-    def drain(self) -> None:
-        """Take a little more of a refused body: closing at once would reset the answer away."""
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-            self.reader.allow(self.drain_seconds)
-            left = 4 << 20
-            while left > 0:
-                piece = self.rfile.read1(65536)
-                if not piece:
-                    break
-                left -= len(piece)
-
-    def respond_json(self, value: Any) -> None:
-        self.respond(200, dump_json(value))
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
         if not self.logged:
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
                     self.request_id, self.command, error.status, error.message)
-        if self.admitted and not self.logged:  # strangers could crowd out the rest
+        if self.admitted and not self.logged:  # strangers could crowd out the others
             self.server.traffic.add({"status": error.status,
                                      "requested": self.path.partition("?")[0][:100]})
         try:
@@ -5022,30 +4734,12 @@ class ProxyHandler(BaseHTTPRequestHandler):
         except (ConnectionError, socket.timeout):
             self.close_connection = True
 
-    def send_error(self, code: int, message: Optional[str] = None,
-                   explain: Optional[str] = None) -> None:
-        """What the base class finds wrong with a request line or header."""
-        self.request_id = new_id("req_")
-        self.close_connection = True
-        status = {501: 405, 505: 400, 414: 413, 431: 413}.get(code, code)
-        error = ProxyError(status, "Bad HTTP request: %s"
-                           % str(message or http.client.responses.get(code))[:200])
-        with contextlib.suppress(OSError):
-            self.wfile.write(http_response(error.status, dump_json(error.body(self.request_id)),
-                                           {"request-id": self.request_id}, close=True))
-            self.body_read = True
-            self.drain()
-
-    def log_message(self, format: str, *args: Any) -> None:
-        LOG.debug(format, *args)
-
     def handle_messages(self, path: str) -> None:
         """POST /v1/messages"""
-        started = time.monotonic()
-        server, config = self.server, self.server.config
+        server = self.server
         body = self.read_body()
         request = parse_json(body)
-        if self.passes_through(request, body):
+        if self.forward_to_anthropic(request, body):
             return
         check_request(request)
         exchange, estimate = self.make_exchange(request, len(body))
@@ -5054,9 +4748,9 @@ class ProxyHandler(BaseHTTPRequestHandler):
             LOG.warning("%s %s", self.request_id, note)
         server.metrics.add(*(("signatures_total", count, (("kind", kind),))
                              for kind, count in exchange.translation.signatures.items()))
-        if config.debug:
-            LOG.debug("%s client: %s", self.request_id, shown_body(request))
-            LOG.debug("%s upstream: %s", self.request_id, shown_body(exchange.translation.body))
+        if server.config.debug:
+            LOG.debug("%s client: %s", self.request_id, redacted_body(request))
+            LOG.debug("%s upstream: %s", self.request_id, redacted_body(exchange.translation.body))
         emitter = MessageEmitter(request["model"], new_id, server.signatures.put,
                                  exchange.translation, estimate,
                                  bool(request.get("context_management")))
@@ -5065,7 +4759,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
             if request.get("stream"):
                 self.stream_answer(exchange, emitter)
             else:
-                self.whole_answer(exchange, emitter)
+                self.respond_json(self.whole_answer(exchange, emitter))
             status = 200
         except ProxyError as error:
             status, problem = error.status, error.message
@@ -5074,57 +4768,7 @@ class ProxyHandler(BaseHTTPRequestHandler):
             status = 499
             raise
         finally:
-            self.log_exchange(exchange, emitter, started, status, problem)
-
-    def passes_through(self, request: Any, body: bytes) -> bool:
-        """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
-        byte; only `anthropic/` before the model's name goes."""
-        if "anthropic" not in self.server.config.upstreams or not isinstance(
-                self.server.upstream, Upstreams):
-            return False
-        model = request.get("model") if isinstance(request, dict) else None
-        is_name = isinstance(model, str) and model.isprintable()
-        name = resolve_model(model, self.server.config) if is_name else ""
-        if split_name(name)[0] != "anthropic":
-            return False
-        started = time.monotonic()
-        upstream = self.server.upstream.of(name)
-        exchange = Exchange(request, [name], lambda model: None, False)
-        if self.server.config.budget_usd and "count_tokens" not in self.path:
-            raise ProxyError(402, "BUDGET_USD cannot be kept for %s: it passes through uncounted."
-                             % name, should_retry=False)
-        if split_name(name)[1] != model or b"gemini-" in body:
-            body = dump_json(dict(without_own_thoughts(request), model=split_name(name)[1]))
-        with self.server.heartbeat.watching(exchange, self.connection):
-            reply = upstream.forward(exchange, self.path, body, self.headers)
-            try:
-                self.relay(reply)
-            except (OSError, http.client.HTTPException) as exc:
-                raise ConnectionAbortedError("the answer was cut") from exc
-            finally:
-                reply.close()
-        total = round((time.monotonic() - started) * 1000)
-        LOG.info("%s %s -> %s %d, passed through, all %d ms", self.request_id, model[:100], name,
-                 reply.status, total)
-        self.server.traffic.add({"status": reply.status, "requested": model[:100],
-                                 "total_ms": total})
-        return True
-
-    def relay(self, reply: Reply) -> None:
-        """An upstream's answer to the client as it comes."""
-        hop = ("connection", "keep-alive", "transfer-encoding", "proxy-authenticate", "trailer")
-        head = ["HTTP/1.1 %d %s" % (reply.status, http.client.responses.get(reply.status, "-"))]
-        if not reply.has_length:
-            hop += ("content-length",)
-        head += ["%s: %s" % item for item in reply.fields.items() if item[0] not in hop]
-        chunked = not reply.has_length and self.request_version == "HTTP/1.1"
-        head += ["transfer-encoding: chunked"] if chunked else []
-        self.close_connection |= not chunked and not reply.has_length
-        head += ["connection: close"] if self.close_connection else []
-        self.wfile.write("\r\n".join(head + ["", ""]).encode("latin-1"))
-        for piece in reply.pieces():
-            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
-        self.wfile.write(b"0\r\n\r\n" if chunked else b"")
+            self.log_exchange(exchange, emitter, status, problem)
 
     def make_exchange(self, request: Json, size: int) -> Tuple[Exchange, int]:
         """A request on its way, and an estimate of its tokens; if long, for LONG_CONTEXT_MODEL."""
@@ -5133,14 +4777,15 @@ class ProxyHandler(BaseHTTPRequestHandler):
                                       server.declarations.declare)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         models = [resolve_model(request["model"], config)]
-        models += [full_name(name, config) for name in config.fallback_models]
-        if models[0] == "openai/default" and isinstance(server.upstream, Upstreams):
-            models[0] = server.upstream.default_model()
+        models += [qualified_name(name, config) for name in config.fallback_models]
+        if models[0] == "openai/default":  # the first one that the server lists
+            listed = server.upstream.of(models[0]).models() or {"default": {}}
+            models[0] = "openai/" + next(iter(listed))
         exchange = Exchange(request, models, translate, live, self.client_key())
         estimate = server.tokens.estimate(size, exchange.translation)
         if (config.long_context_model and estimate >= config.long_context_tokens
-                and not asked_for(request["model"], config)):
-            models[0] = full_name(config.long_context_model, config)
+                and not explicit_target(request["model"], config)):
+            models[0] = qualified_name(config.long_context_model, config)
             exchange = Exchange(request, models, translate, live, self.client_key())
         return exchange, estimate
 
@@ -5153,69 +4798,114 @@ class ProxyHandler(BaseHTTPRequestHandler):
             raise ProxyError(402, "The budget is spent: $%.2f of BUDGET_USD=%g since the proxy was "
                              "started. Raise it, or start the proxy anew."
                              % (spent, config.budget_usd), should_retry=False)
-        told = "openrouter/" if config.base("openrouter") == OPENROUTER_BASE else "-"
-        unknown = [model for model in exchange.models if not model.startswith(told)
-                   and not price_of(model, config, today())]  # OpenRouter tells what it takes
+        # OpenRouter says what an answer has cost
+        reports_cost = config.base("openrouter") == OPENROUTER_BASE
+        unknown = [model for model in exchange.models if not price_of(model, config, today())
+                   and not (reports_cost and model.startswith("openrouter/"))]
         if unknown:
             raise ProxyError(402, "BUDGET_USD is set, but the price of %s is not known: set PRICES."
                              % ", ".join(unknown), should_retry=False)
 
     def stream_answer(self, exchange: Exchange, emitter: MessageEmitter) -> None:
         chunked = self.request_version == "HTTP/1.1"
-        head = ["HTTP/1.1 200 OK", "Server: claude_gemini_proxy/" + __version__,
-                "Content-Type: text/event-stream; charset=utf-8", "Cache-Control: no-cache",
-                "X-Accel-Buffering: no", "request-id: " + self.request_id]
-        head += ["Transfer-Encoding: chunked"] if chunked else ["Connection: close"]
         self.close_connection = self.close_connection or not chunked
-        stream = self.stream = EventStream(
-            self.wfile.write, "\r\n".join(head + ["", ""]).encode("ascii"), emitter,
-            self.server.config.ping_interval, chunked)
+        head = self.response_head(200, {
+            "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
+            "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if chunked else {})})
+        stream = self.stream = EventStream(self.wfile.write, head, emitter,
+                                           self.server.config.ping_interval, chunked)
         with self.server.heartbeat.watching(exchange, self.connection, stream):
-            deliver(self.server.upstream, exchange, emitter, self.server.config.max_retries,
-                    stream.emit)
-            stream.end(emitter.finish)
+            deliver(self.server.upstream, exchange, emitter, stream.feed)
+            stream.finish()
 
-    def whole_answer(self, exchange: Exchange, emitter: MessageEmitter) -> None:
+    def whole_answer(self, exchange: Exchange, emitter: MessageEmitter) -> Json:
         events: List[Json] = emitter.start()
         with self.server.heartbeat.watching(exchange, self.connection):
-            deliver(self.server.upstream, exchange, emitter, self.server.config.max_retries,
-                    lambda step, batch, is_last: events.extend(step(batch)))
-        events += emitter.finish()
-        self.respond_json(message_from_events(events))
+            deliver(self.server.upstream, exchange, emitter,
+                    lambda batch: events.extend(emitter.feed(batch)))
+        return message_from_events(events + emitter.finish())
 
-    def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, started: float,
-                     status: int, problem: str) -> None:
+    def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, status: int,
+                     problem: str) -> None:
         """One line for each request, and the counters."""
-        usage, now = sane_counts(emitter.usage), time.monotonic()
+        server, usage, started = self.server, sane_counts(emitter.usage), exchange.started
         first = self.stream.first_event_at if self.stream else 0.0
-        costs = [cost_of(each, exchange.model, self.server.config, today())
+        costs = [cost_of(each, exchange.model, server.config, today())
                  for each in emitter.spent + [emitter.usage] if each]
         cost = None if None in costs or not costs else sum(costs)
         shown = "$%.4f" % cost if cost is not None else "no price" if costs else "no cost"
         fields = {"request_id": self.request_id, "requested": exchange.request["model"][:100],
                   "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
                   "first_ms": round((first - started) * 1000) if first else None,
-                  "total_ms": round((now - started) * 1000), "retries": exchange.retries,
-                  "key": exchange.key_number + 1, "cost": cost}
+                  "total_ms": round((time.monotonic() - started) * 1000),
+                  "retries": exchange.retries, "key": exchange.key_number + 1, "cost": cost}
         fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
         LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
                 "%(request_id)s %(requested)s -> %(model)s %(status)s %(finish)s, tokens in "
                 "%(input)s (cached %(cached)s) out %(output)s (thoughts %(thought)s), %(cost)s, "
-                "first %(first_ms)s ms, all %(total_ms)s ms, retries %(retries)s, key "
+                "first %(first_ms)s ms, total %(total_ms)s ms, retries %(retries)s, key "
                 "%(key)s%(why)s", dict(fields, cost=shown, first_ms=fields["first_ms"] or "-",
                                        why=": " + problem if problem else ""),
                 extra={"fields": dict(fields, error=problem) if problem else fields})
-        self.server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
+        server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
         self.logged = True
         if usage.get("promptTokenCount"):
-            self.server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
+            server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         # what no upstream has answered for may be any name, and there are many
         model = ("model", exchange.model if usage or status == 200 else "-")
         counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
         counts += [("cost_usd_total", cost, (model,))] if cost is not None else []
         counts += [("tokens_total", usage[name], (("kind", kind), model))
                    for name, kind in TOKEN_KINDS if name in usage]
-        self.server.metrics.add(*counts)
+        server.metrics.add(*counts)
+
+    def forward_to_anthropic(self, request: Any, body: bytes) -> bool:
+        """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
+        byte; only `anthropic/` before the model's name goes."""
+        server, config = self.server, self.server.config
+        requested = request.get("model") if isinstance(request, dict) else None
+        if ("anthropic" not in server.upstream.members or not isinstance(requested, str)
+                or not requested.isprintable()):
+            return False
+        name = resolve_model(requested, config)
+        upstream, model = split_name(name)
+        if upstream != "anthropic":
+            return False
+        if config.budget_usd and "count_tokens" not in self.path:
+            raise ProxyError(402, "BUDGET_USD cannot be kept for %s: it passes through uncounted."
+                             % name, should_retry=False)
+        exchange = Exchange(request, [name])
+        if model != requested or b"gemini-" in body:
+            body = dump_json(dict(without_own_thoughts(request), model=model))
+        with server.heartbeat.watching(exchange, self.connection), contextlib.closing(
+                server.upstream.of(name).forward(exchange, self.path, body,
+                                                 self.headers)) as response:
+            try:
+                self.relay(response)
+            except (OSError, http.client.HTTPException) as exc:
+                raise ConnectionAbortedError("the answer was cut") from exc
+        total = round((time.monotonic() - exchange.started) * 1000)
+        LOG.info("%s %s -> %s %d, passed through, total %d ms", self.request_id, requested[:100],
+                 name, response.status, total)
+        server.traffic.add({"status": response.status, "requested": requested[:100],
+                            "total_ms": total})
+        return True
+
+    def relay(self, response: Response) -> None:
+        """An upstream's answer to the client as it comes."""
+        hop = ("connection", "keep-alive", "transfer-encoding", "proxy-authenticate", "trailer")
+        hop += () if response.has_length else ("content-length",)
+        chunked = not response.has_length and self.request_version == "HTTP/1.1"
+        self.close_connection |= not chunked and not response.has_length
+        head = ["HTTP/1.1 %d %s" % (response.status,
+                                    http.client.responses.get(response.status, "-"))]
+        head += ["%s: %s" % item for item in response.fields.items() if item[0] not in hop]
+        head += ["transfer-encoding: chunked"] if chunked else []
+        head += ["connection: close"] if self.close_connection else []
+        self.wfile.write("\r\n".join(head + ["", ""]).encode("latin-1"))
+        for piece in response.pieces():
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+        self.wfile.write(b"0\r\n\r\n" if chunked else b"")
 
     def handle_count_tokens(self, path: str) -> None:
         """POST /v1/messages/count_tokens: Gemini's own count, or an estimate if that takes long.
@@ -5224,36 +4914,39 @@ class ProxyHandler(BaseHTTPRequestHandler):
         """
         server, body = self.server, self.read_body()
         request = parse_json(body)
-        if self.passes_through(request, body):
+        if self.forward_to_anthropic(request, body):
             return
         check_request(request)
         translate = functools.partial(translated, request, server.config,
                                       declare=server.declarations.declare)
         exchange = Exchange(request, [resolve_model(request["model"], server.config)], translate,
-                            False, self.client_key())
+                            client_key=self.client_key())
         estimate = server.tokens.estimate(len(body), exchange.translation)
         key = hashlib.blake2b(exchange.model.encode() + body, digest_size=16).digest()
         tokens = server.tokens.known.get(key)
         if tokens is None:
             with server.heartbeat.watching(exchange, self.connection):
-                tokens = server.upstream.count(exchange)
+                tokens = server.upstream.of(exchange.model).count(exchange)
             if tokens is not None:
                 server.tokens.known.put(key, tokens)
                 server.tokens.learn(estimate, tokens)
         self.respond_json({"input_tokens": estimate if tokens is None else tokens})
 
+    def query(self, name: str, default: str = "") -> str:
+        values = urllib.parse.parse_qs(self.path.partition("?")[2])
+        return values.get(name, [default])[0]
+
     def handle_models(self, path: str) -> None:
         """GET /v1/models, with limit, after_id and before_id"""
-        query = urllib.parse.parse_qs(self.path.partition("?")[2])
         listed = model_list(self.server.upstream.models(self.client_key()))
         ids = [model["id"] for model in listed]
-        after, before = query.get("after_id", [""])[0], query.get("before_id", [""])[0]
-        start = ids.index(after) + 1 if after in ids else 0
-        end = ids.index(before) if before in ids else len(ids)
-        limit = query.get("limit", ["20"])[0]
+        after, before, limit = self.query("after_id"), self.query("before_id"), self.query(
+            "limit", "20")
         if not re.match(r"\d{1,4}$", limit) or not 1 <= int(limit) <= 1000:
             raise invalid("limit: must be a number from 1 to 1000")
-        page = listed[start:end][:int(limit)] if not before else listed[start:end][-int(limit):]
+        start = ids.index(after) + 1 if after in ids else 0
+        end = ids.index(before) if before in ids else len(ids)
+        page = listed[start:end][-int(limit):] if before else listed[start:end][:int(limit)]
         self.respond_json({"data": page, "first_id": page[0]["id"] if page else None,
                            "last_id": page[-1]["id"] if page else None,
                            "has_more": len(page) < end - start})
@@ -5290,25 +4983,23 @@ class ProxyHandler(BaseHTTPRequestHandler):
             self.respond(200, PAGE.encode(), PAGE_HEADERS, "text/html; charset=utf-8")
             return
         self.authorize()
-        server, config = self.server, self.server.config
-        settings = {row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
-                    if not row.metadata.get("secret")}
+        server, config, now = self.server, self.server.config, time.monotonic()
         entries, size = server.signatures.size()
-        session = urllib.parse.parse_qs(self.path.partition("?")[2]).get("session", [""])[0][:100]
-        now = time.monotonic()
-        live = [{"requested": exchange.request["model"][:100], "model": exchange.model,
-                 "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
-                for exchange in server.heartbeat.exchanges()]
-        self.respond_json(dict(server.traffic.last_hour(), **{
-            "name": "claude_gemini_proxy", "version": __version__, "settings": settings,
+        self.respond_json({
+            **server.traffic.last_hour(), "name": "claude_gemini_proxy", "version": __version__,
+            "settings": {row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
+                         if not row.metadata["secret"]},
             "uptime_seconds": round(time.time() - server.started),
             "keys": server.upstream.key_states(),
-            "models": {name: resolve_model("claude-" + name, config)
-                       for name in ("opus", "sonnet", "haiku")},
-            "signatures": {"entries": entries, "bytes": size}, "live": live,
-            "spent_usd": server.traffic.spent, "session": server.traffic.session(session),
+            "models": {tier: resolve_model("claude-" + tier, config) for tier in TIERS},
+            "signatures": {"entries": entries, "bytes": size},
+            "live": [{"requested": exchange.request["model"][:100], "model": exchange.model,
+                      "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
+                     for exchange in server.heartbeat.exchanges()],
+            "spent_usd": server.traffic.spent,
+            "session": server.traffic.session(self.query("session")[:100]),
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
-                         for (name, labels), value in sorted(server.metrics.snapshot().items())}}))
+                         for (name, labels), value in sorted(server.metrics.snapshot().items())}})
 
     def handle_test_connection(self, path: str) -> None:
         """GET /test-connection: one small real answer"""
@@ -5316,20 +5007,17 @@ class ProxyHandler(BaseHTTPRequestHandler):
         request = {"model": model, "max_tokens": 16,
                    "messages": [{"role": "user", "content": "Say ok."}]}
         translate = functools.partial(translated, request, self.server.config)
-        exchange = Exchange(request, [model], translate, False, self.client_key())
-        started = time.monotonic()
+        exchange = Exchange(request, [model], translate, client_key=self.client_key())
         emitter = MessageEmitter(model, new_id, lambda key, signature: None, exchange.translation)
-        chunks = (chunk for batch in self.server.upstream.batches(exchange) for chunk in batch)
-        with self.server.heartbeat.watching(exchange, self.connection):
-            message = message_from_events(events_from_gemini(chunks, emitter))
+        message = self.whole_answer(exchange, emitter)
         self.respond_json({"status": "ok", "model": model,
-                           "milliseconds": round((time.monotonic() - started) * 1000),
+                           "milliseconds": round((time.monotonic() - exchange.started) * 1000),
                            "answer": "".join(b.get("text", "") for b in message["content"])[:100]})
 
 
 TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
                ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought"))
-ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = MappingProxyType({
+ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = {
     "/v1/messages": {"POST": ProxyHandler.handle_messages},
     "/v1/messages/count_tokens": {"POST": ProxyHandler.handle_count_tokens},
     "/v1/models": {"GET": ProxyHandler.handle_models},
@@ -5339,8 +5027,9 @@ ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = Mappin
     "/": {"GET": ProxyHandler.handle_status},
     "/api/hello": {"GET": ProxyHandler.handle_quiet},
     "/api/event_logging/batch": {"POST": ProxyHandler.handle_quiet},
-})
-MODEL_ROUTE = MappingProxyType({"GET": ProxyHandler.handle_model})
+}
+MODEL_ROUTE = {"GET": ProxyHandler.handle_model}
+TIERS = ("opus", "sonnet", "haiku")
 OPEN_PATHS = frozenset({"/health", "/"})  # of "/", only the page without what it shows
 
 
@@ -5371,7 +5060,7 @@ def model_list(models: Optional[Mapping[str, Json]]) -> List[Json]:
             for prefix in ("claude-", "") if not prefix or "/" not in id_ or others <= 50]
 
 
-def shown_body(body: Json) -> str:
+def redacted_body(body: Json) -> str:
     """A body for the log: cut, and without anything that looks like a key."""
     text = SECRETS.sub("[key]", json.dumps(body))
     if len(text) > 4000:
@@ -5379,71 +5068,49 @@ def shown_body(body: Json) -> str:
     return text
 
 
-# ---- 14. The page (pure) ---------------------------------------------------------------------
+# ---- 16. The page (pure) --------------------------------------------------------------------
 
-PAGE_HEADERS = MappingProxyType({
+PAGE_HEADERS = {
     "Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; "
                                "script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; "
-                               "form-action 'none'; frame-ancestors 'none'"})
+                               "form-action 'none'; frame-ancestors 'none'"}
 # Everything that is shown comes from `GET /` as JSON and is set as text, never as markup.
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>claude_gemini_proxy</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --page: #f6f6f4; --card: #fff; --ink: #1c1c1a; --soft: #63635e;
-  --line: #deded8; --a: #2a6fc9; --b: #a9c8ee; --c: #1b8a6b; --bad: #c4362b; }
-@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #20201e; --ink: #ececea;
-  --soft: #a0a09a; --line: #3a3a36; --a: #6ea8f0; --b: #41699c; --c: #4cc3a0; --bad: #f0796e; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 70rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .5rem;
-  color: var(--ink); }
-p { margin: .1rem 0 1rem; color: var(--soft); }
-.grid { display: grid; gap: .8rem; margin-bottom: .8rem;
+:root { color-scheme: light dark; --a: #2a6fc9; --b: #7fa8d8; --c: #1b8a6b; --bad: #d0473e; }
+body { margin: 0 auto; max-width: 70rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; }
+h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .5rem; }
+main, .tiles { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem;
-  min-width: 0; overflow-x: auto; }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.soft, .tile, th, .key { color: var(--soft); } .tile b { color: var(--ink); }
-td.bad, b.bad { color: var(--bad); }
-svg { display: block; width: 100%; height: 7rem; border-bottom: 1px solid var(--line); }
-.axis { display: flex; flex-wrap: wrap; justify-content: space-between; font-size: .8rem;
-  color: var(--soft); }
-.key i { display: inline-block; width: .7em; height: .7em; border-radius: 2px;
-  margin: 0 .3em 0 .8em; }
-table { border-collapse: collapse; width: 100%; font-size: .87rem;
+.card { border: 1px solid #8885; border-radius: 8px; padding: .8rem; overflow-x: auto; }
+.wide { grid-column: 1 / -1; } .bad { color: var(--bad); }
+.tiles b { display: block; font-size: 1.35rem; }
+.plot { display: flex; align-items: flex-end; gap: 1px; height: 7rem; }
+.plot span { flex: 1; display: flex; flex-direction: column-reverse; height: 100%; }
+table { border-collapse: collapse; width: 100%; font-size: .87rem; }
+th, td { text-align: right; padding: .2rem .5rem; border-top: 1px solid #8885; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .2rem .5rem; border-top: 1px solid var(--line);
-  white-space: nowrap; }
-th { font-weight: 500; border-top: 0; } .left { text-align: left; }
-input, button { font: inherit; padding: .3rem .6rem; }
+:is(th, td):nth-child(-n+2) { text-align: left; } th { font-weight: 500; border: 0; }
 [hidden] { display: none; }
 </style></head><body>
 <h1>claude_gemini_proxy</h1><p id="head">Loading ...</p>
 <form id="login" class="card" hidden><label>PROXY_AUTH_TOKEN
 <input id="token" type="password" autocomplete="off" required></label> <button>Show</button>
 <p>Kept in this tab only.</p></form>
-<main id="main" hidden>
-<div class="grid tiles" id="tiles"></div>
-<div class="grid" id="plots"></div>
-<div class="grid"><div class="card" id="live"></div></div>
-<div class="grid"><div class="card" id="recent"></div></div>
-<div class="grid"><div class="card" id="models"></div><div class="card" id="keys"></div>
-<div class="card" id="signatures"></div></div></main>
+<main id="main" hidden></main>
 <noscript>This page needs JavaScript; the same as JSON: curl this address.</noscript>
 <script>
 "use strict";
 const $ = id => document.getElementById(id);
-const make = (tag, text, className) =>
-  Object.assign(document.createElement(tag), {textContent: text ?? "", className: className || ""});
-const row = (className, ...children) => {
-  const box = make("div", "", className);
-  box.append(...children);
-  return box;
+const make = (tag, className, ...children) => {
+  const node = document.createElement(tag);
+  node.className = className;
+  node.append(...children);
+  return node;
 };
 const count = n => n >= 1e6 ? (n / 1e6).toFixed(1) + " M"
   : n >= 1e4 ? Math.round(n / 1e3) + " k" : String(n);
@@ -5454,51 +5121,33 @@ const span = s => s >= 7200 ? Math.floor(s / 3600) + " h"
   : s >= 120 ? Math.floor(s / 60) + " min" : Math.round(s) + " s";
 const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
 
-function table(id, title, heads, rows, empty) {
-  const body = make("table"), top = body.insertRow();
-  heads.forEach((head, i) => top.append(make("th", head, i < 2 ? "left" : "")));
-  for (const cells of rows) {
-    const line = body.insertRow();
-    cells.forEach((cell, i) => line.append(make("td", cell, i < 2 ? "left"
-      : heads[i] === "status" && cell >= 400 ? "bad" : "")));
-  }
-  $(id).replaceChildren(make("h2", title), rows.length ? body : make("span", empty, "soft"));
+function table(title, className, heads, rows, empty) {
+  const line = (tag, cells) => make("tr", "", ...cells.map((cell, i) => make(tag,
+    heads[i] === "status" && cell >= 400 ? "bad" : "", cell ?? "")));
+  return make("div", "card " + className, make("h2", "", title), rows.length
+    ? make("table", "", line("th", heads), ...rows.map(row => line("td", row))) : empty);
 }
 
-function svg(tag, attributes, ...children) {
-  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const name in attributes) node.setAttribute(name, attributes[name]);
-  node.append(...children);
-  return node;
-}
-
-// series: [name, value of a minute, colour]; on top of each other, or side by side
-function plot(title, unit, minutes, series, stacked) {
-  const value = (s, minute) => s[1](minute) || 0;
-  const tops = minutes.map(minute => stacked ? series.reduce((t, s) => t + value(s, minute), 0)
-                                             : Math.max(...series.map(s => value(s, minute))));
-  const top = Math.max(...tops), width = stacked ? 8 : 8 / series.length;
-  const columns = minutes.map((minute, i) => {
-    let base = 0;
-    const bars = series.map((s, j) => {
-      const height = top ? value(s, minute) / top * 96 : 0, y = 100 - base - height;
-      base += stacked ? height : 0;
-      return svg("rect", {x: i * 10 + 1 + (stacked ? 0 : j * width), y, width, height,
-                          fill: "var(--" + s[2] + ")"});
-    });
-    const values = series.map(s => s[0] + " " + unit(s[1](minute))).join(", ");
-    return svg("g", {}, svg("title", {}, 59 - i + " min ago: " + values), ...bars);
+// series: [name, value of a minute, colour], on top of each other
+function plot(title, unit, minutes, series) {
+  const top = Math.max(...minutes.map(m => series.reduce((t, s) => t + (s[1](m) || 0), 0)));
+  const bars = minutes.map((minute, i) => {
+    const bar = make("span", "", ...series.map(([name, value, colour]) => {
+      const part = make("i", "");
+      part.style.background = "var(--" + colour + ")";
+      part.style.height = (top ? (value(minute) || 0) / top * 100 : 0) + "%";
+      return part;
+    }));
+    bar.title = 59 - i + " min ago: " + series.map(s => s[0] + " " + unit(s[1](minute))).join(", ");
+    return bar;
   });
-  const key = row("key", ...series.flatMap(s => {
-    const mark = make("i");
-    mark.style.background = "var(--" + s[2] + ")";
-    return [mark, s[0]];
-  }));
-  return row("card", row("axis", make("h2", title), key),
-    svg("svg", {viewBox: "0 0 600 100", preserveAspectRatio: "none", role: "img",
-                "aria-label": title + " a minute, for 60 minutes"}, ...columns),
-    row("axis", make("span", "60 min ago"),
-        make("span", top ? "highest: " + unit(top) : "nothing yet"), make("span", "now")));
+  const key = series.flatMap(([name, , colour]) => {
+    const mark = make("i", "", "■ ");
+    mark.style.color = "var(--" + colour + ")";
+    return [" ", mark, name];
+  });
+  return make("div", "card", make("h2", "", title, ...key), make("div", "plot", ...bars),
+              top ? "60 minutes, highest: " + unit(top) : "nothing yet");
 }
 
 function show(d) {
@@ -5509,32 +5158,33 @@ function show(d) {
     ["tokens in", count(sum(m, "input"))], ["cached", count(sum(m, "cached"))],
     ["tokens out", count(sum(m, "output") + sum(m, "thought"))], ["cost", usd(sum(m, "cost"))],
     [budget ? "spent of " + usd(budget) : "since start", usd(d.spent_usd)],
-    ["under way", d.live.length]];
-  $("tiles").replaceChildren(...tiles.map(([name, value]) => row("card tile",
-    make("b", value, name === "errors" && value !== "0" ? "bad" : ""), name)));
-  $("plots").replaceChildren(
+    ["in progress", d.live.length]];
+  const cooling = key => Object.entries(key.cooldown).map(
+    ([model, s]) => model + " cools down " + span(s)).join(", ");
+  const signed = kind => count(d.counters["signatures_total{kind=" + kind + "}"] || 0);
+  $("main").replaceChildren(
+    make("div", "tiles wide", ...tiles.map(([name, value]) => make("div", "card",
+      make("b", name === "errors" && value !== "0" ? "bad" : "", value), name))),
     plot("Requests", count, m, [["answered", x => x.requests - x.errors, "a"],
-                                         ["errors", x => x.errors, "bad"]], true),
+                                ["errors", x => x.errors, "bad"]]),
     plot("Median time", ms, m, [["first delta", x => x.first_ms, "a"],
-                                ["whole answer", x => x.total_ms, "b"]], false),
+      ["rest", x => x.total_ms - x.first_ms, "b"]]),
     plot("Tokens", count, m, [["cached", x => x.cached, "b"],
       ["other input", x => Math.max(0, x.input - x.cached), "a"],
-      ["output", x => x.output + x.thought, "c"]], true));
-  table("live", "Under way", ["requested", "model", "for", "retries"],
-    d.live.map(x => [x.requested, x.model, span(x.seconds), x.retries]), "Nothing.");
-  table("recent", "The last 20", ["requested", "model", "status", "in", "cached", "out", "cost",
-    "first delta", "all", "retries", "key", "ago"], d.recent.map(x => [x.requested, x.model,
-      x.status, ...(x.model ? [count(x.input), count(x.cached), count(x.output + x.thought),
-        usd(x.cost), ms(x.first_ms), ms(x.total_ms), x.retries, x.key] : Array(8).fill("")),
-      span(Date.now() / 1e3 - x.time)]), "No request in the last hour.");
-  table("models", "Models", ["asked for", "answered by"], Object.entries(d.models), "");
-  const rests = key => Object.entries(key.resting).map(([model, s]) => model + " rests " + span(s));
-  table("keys", "Keys", ["key", "state"], d.keys.map(key => [key.upstream + " " + key.number,
-    rests(key).join(", ") || "ready"]), "None: clients bring theirs, or none is needed.");
-  const signed = kind => count(d.counters["signatures_total{kind=" + kind + "}"] || 0);
-  table("signatures", "Thought signatures", ["", ""], [["kept", count(d.signatures.entries)],
-    ["bytes", count(d.signatures.bytes)], ["found for a call", signed("hit")],
-    ["brought back by the client", signed("carried")], ["stand-ins", signed("dummy")]], "");
+      ["output", x => x.output + x.thought, "c"]]),
+    table("In progress", "wide", ["requested", "model", "for", "retries"],
+      d.live.map(x => [x.requested, x.model, span(x.seconds), x.retries]), "Nothing."),
+    table("The last 20", "wide", ["requested", "model", "status", "in", "cached", "out", "cost",
+      "first delta", "total", "retries", "key", "ago"], d.recent.map(x => [x.requested, x.model,
+        x.status, ...(x.model ? [count(x.input), count(x.cached), count(x.output + x.thought),
+          usd(x.cost), ms(x.first_ms), ms(x.total_ms), x.retries, x.key] : Array(8).fill("")),
+        span(Date.now() / 1e3 - x.time)]), "No request in the last hour."),
+    table("Models", "", ["requested", "model"], Object.entries(d.models), ""),
+    table("Keys", "", ["key", "state"], d.keys.map(key => [key.upstream + " " + key.number,
+      cooling(key) || "ready"]), "None: clients bring theirs, or none is needed."),
+    table("Thought signatures", "", ["", ""], [["cached", count(d.signatures.entries)],
+      ["bytes", count(d.signatures.bytes)], ["hits", signed("hit")],
+      ["returned by the client", signed("from_client")], ["dummies", signed("dummy")]], ""));
 }
 
 async function refresh() {
@@ -5565,97 +5215,63 @@ setInterval(refresh, 3000);
 """
 
 
-# ---- 15. Program ----------------------------------------------------------------------------
+# ---- 17. Program (I/O) ----------------------------------------------------------------------
 
-class DemoModel:
-    """An offline stand-in for Gemini: answers in text, and runs a command that the user asks for.
+class DemoModel(Upstream):
+    """An offline stand-in for Gemini: answers in text, and runs a command that one asks for."""
 
-    Signs its calls like Gemini 3, and refuses a history in which a signature is not its own.
-    """
+    def __init__(self) -> None:
+        super().__init__(Config(), None, "", ())
 
-    def batches(self, exchange: Exchange) -> Iterator[List[Json]]:
+    def attempt(self, exchange: Exchange) -> Iterator[List[Json]]:
         body = exchange.translation.body
-        self._check_signatures(body["contents"])
         last = body["contents"][-1]["parts"]
         text = next((part["text"] for part in reversed(last) if part.get("text")
                      and not part["text"].startswith("<system-reminder>")), "")
-        results = [part["functionResponse"]["response"] for part in last
-                   if "functionResponse" in part]
+        results = [part["functionResponse"] for part in last if "functionResponse" in part]
         call = None if results else self._call(body, text)
         if results:
-            parts = [{"text": "The command answered:\n\n%s" % next(iter(results[-1].values()))}]
+            output = next(iter(results[-1]["response"].values()))
+            parts = [{"text": "The command answered:\n\n%s" % output}]
         elif call:
             parts = [{"functionCall": dict(call, id=new_id("call_")),
-                      "thoughtSignature": self._sign(call["name"], call["args"])}]
+                      "thoughtSignature": "ZGVtbw=="}]
         else:
             parts = [{"text": "This is the built-in demo model of claude_gemini_proxy: "},
                      {"text": "no key, no network. You said: %s" % text[:200]}]
         if body["generationConfig"].get("thinkingConfig", {}).get("includeThoughts"):
-            parts.insert(0, {"text": "**Reading**\n\nI look for a command to run.",
-                             "thought": True})
+            parts.insert(0, {"text": "I look for a command to run.", "thought": True})
         usage = {"promptTokenCount": len(json.dumps(body["contents"])) // 4,
                  "candidatesTokenCount": len(json.dumps(parts)) // 4, "cost": 0}
-        for i, part in enumerate(parts):
-            candidate: Json = {"content": {"role": "model", "parts": [part]}, "index": 0}
-            candidate.update({"finishReason": "STOP"} if i == len(parts) - 1 else {})
-            yield [{"candidates": [candidate], "usageMetadata": usage}]
+        for part in parts:
+            finish = {"finishReason": "STOP"} if part is parts[-1] else {}
+            yield [{"candidates": [dict(finish, content={"parts": [part]})],
+                    "usageMetadata": usage}]
 
     def _call(self, body: Json, text: str) -> Optional[Json]:
         """A call of the first function that takes a command, or of any if one is demanded."""
-        functions = [f for tool in body.get("tools", ())
-                     for f in tool.get("functionDeclarations", ())]
+        properties = {f["name"]: f["parametersJsonSchema"].get("properties", {})
+                      for tool in body.get("tools", ())
+                      for f in tool.get("functionDeclarations", ())}
         calling = body.get("toolConfig", {}).get("functionCallingConfig", {})
-        runner = next((f for f in functions
-                       if "command" in f["parametersJsonSchema"].get("properties", {})), None)
+        runner = next((name for name in properties if "command" in properties[name]), "")
         command = re.search(r"`([^`\n]+)`", text) or re.search(
             r"(?i)\b(?:run|execute)\b(?: the)?(?: shell| bash)?(?: command)?:?\s+(.+)", text)
         if runner and command and calling.get("mode") != "NONE":
-            args = {"command": command.group(1).strip(),
-                    "description": "Run what the user asked for"}
-            known = runner["parametersJsonSchema"]["properties"]
-            return {"name": runner["name"], "args": {k: v for k, v in args.items() if k in known}}
-        if functions and calling.get("mode") == "ANY":
-            name = calling.get("allowedFunctionNames", [functions[0]["name"]])[0]
-            schema = next(f["parametersJsonSchema"] for f in functions if f["name"] == name)
-            return {"name": name, "args": self._sample(schema)}
+            args = {"command": command.group(1).strip(), "description": "Run the user's command"}
+            return {"name": runner, "args": {k: v for k, v in args.items()
+                                             if k in properties[runner]}}
+        if properties and calling.get("mode") == "ANY":
+            name = calling.get("allowedFunctionNames", list(properties))[0]
+            samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": [],
+                       "object": {}}
+            return {"name": name, "args": {
+                key: (prop.get("enum") or [samples.get(prop.get("type"))])[0]
+                for key, prop in properties[name].items()}}
         return None
 
-    def _sample(self, schema: Json) -> Any:
-        """A value that fits a cleaned schema."""
-        if "enum" in schema or "anyOf" in schema:
-            return schema["enum"][0] if "enum" in schema else self._sample(schema["anyOf"][0])
-        if schema["type"] == "object":
-            return {name: self._sample(schema["properties"][name])
-                    for name in schema.get("required", ())}
-        samples = {"string": "demo", "integer": 1, "number": 1.5, "boolean": True, "array": []}
-        return samples.get(schema["type"])
-
-    def count(self, exchange: Exchange) -> Optional[int]:
-        return None
-
-    def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
-        return None
-
-    def list_models(self) -> Dict[str, Json]:
+    def list_models(self, client_key: str = "") -> Dict[str, Json]:
         return {}
-
-    def key_states(self) -> List[Json]:
-        return []
-
-    def _check_signatures(self, contents: Sequence[Json]) -> None:
-        for content in contents:
-            for part in content["parts"]:
-                call, signature = part.get("functionCall"), part.get("thoughtSignature")
-                if call and signature not in (None, DUMMY_SIGNATURE,
-                                              self._sign(call["name"], call["args"])):
-                    raise ProxyError(400, "Invalid thought signature.")
-
-    def _sign(self, name: str, args: Json) -> str:
-        digest = hashlib.sha256(json.dumps([name, args], sort_keys=True).encode()).digest()
-        return base64.b64encode(b"demo" + digest).decode("ascii")
-
-    def close(self) -> None:
-        pass
 
 
 class LogLines(logging.Formatter):
@@ -5719,21 +5335,16 @@ def client_environment(url: str, token: str, environ: Mapping[str, str], name: s
 
 
 def export_lines(values: Mapping[str, str], shell: str, unset: Sequence[str] = ()) -> str:
-    """Assignments for sh, fish or PowerShell, and an end to what would be in their way."""
-    if shell == "fish":
-        lines = ["set -gx %s %s" % (k, shlex.quote(v)) for k, v in values.items()]
-        return "\n".join(lines + ["set -e %s" % name for name in unset])
-    if shell == "powershell":
-        lines = ["$env:%s = '%s'" % (k, v.replace("'", "''")) for k, v in values.items()]
-        return "\n".join(lines + ["Remove-Item Env:%s" % name for name in unset])
-    lines = ["export %s=%s" % (k, shlex.quote(v)) for k, v in values.items()]
-    return "\n".join(lines + ["unset %s" % name for name in unset])
+    """Assignments for a shell, and an end to what would be in their way."""
+    assign, remove, quote = SHELLS[shell]
+    return "\n".join([assign % (name, quote(value)) for name, value in values.items()]
+                     + [remove % name for name in unset])
 
 
 def hints(server: ProxyServer) -> List[str]:
     """What would make the proxy safer or more useful, each with the way to it."""
     config, models = server.config, [resolve_model("claude-" + tier, server.config)
-                                     for tier in ("opus", "sonnet", "haiku")]
+                                     for tier in TIERS]
     found = ["%s shows what is going on; `env` prints what clients need" % server.url]
     if len(config.keys) == 1 and not config.fallback_models:
         found.append("a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions going "
@@ -5848,9 +5459,9 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
 
 
 def check_setup(server: ProxyServer) -> int:
-    """Prove the settings step by step, each with a line on what to mend; 0 if all hold."""
+    """Prove the settings step by step, each with a line on what to fix; 0 if all hold."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    failed = 0
+    config, failed = server.config, 0
 
     def step(name: str, prove: Callable[[], str]) -> None:
         """Run one proof, which returns what is wrong or raises ProxyError."""
@@ -5862,17 +5473,15 @@ def check_setup(server: ProxyServer) -> int:
         failed += bool(problem)
         print("%s %s%s" % ("FAIL" if problem else "ok  ", name, ": " + problem if problem else ""))
 
-    tiers = {name: resolve_model("claude-" + name, server.config)
-             for name in ("opus", "sonnet", "haiku")}
+    tiers = {tier: resolve_model("claude-" + tier, config) for tier in TIERS}
     step("the upstream is reached and takes the key", lambda: check_reach(server))
     listed = server.upstream.models()
-    if listed is not None:
-        fallbacks = {full_name(name, server.config) for name in server.config.fallback_models}
-        for model in sorted((set(tiers.values()) | fallbacks) - {"openai/default"}):
-            step("%s is offered to this key" % model, lambda: "" if model in listed else
-                 "it is not; see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, FALLBACK_MODELS")
-    for name, model in tiers.items():
-        step("%s -> %s answers" % (name, model), lambda: check_answer(server, "claude-" + name))
+    wanted = {*tiers.values(), *(qualified_name(name, config) for name in config.fallback_models)}
+    for model in sorted(wanted - {"openai/default"}) if listed is not None else ():
+        step("%s is offered to this key" % model, lambda: "" if model in listed else
+             "it is not; see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, FALLBACK_MODELS")
+    for tier, model in tiers.items():
+        step("%s -> %s answers" % (tier, model), lambda: check_answer(server, "claude-" + tier))
     step("a signed tool call makes its round trip", lambda: check_tool(server))
     step("Claude Code is on the PATH", check_client)
     server.drain(0)
@@ -5882,10 +5491,10 @@ def check_setup(server: ProxyServer) -> int:
 def check_reach(server: ProxyServer) -> str:
     """Ask for the list of models; a gateway may have none."""
     try:
-        server.upstream.list_models()
+        for member in server.upstream.members.values():
+            member.list_models()
     except ProxyError as error:
-        missing = error.status == 404 or re.search(r" answered (405|501):", error.message)
-        if not missing:
+        if error.status != 404 and not re.search(r" answered (405|501):", error.message):
             return error.message
         print("     it has no list of models; if it should have one, its API_BASE lacks a version")
     return ""
@@ -5893,9 +5502,8 @@ def check_reach(server: ProxyServer) -> str:
 
 def check_answer(server: ProxyServer, model: str) -> str:
     """Ask for a stream, as Claude Code does; -> what is wrong with it."""
-    message = ask(server, {"model": model, "max_tokens": 2000, "stream": True,
-                           "messages": [{"role": "user", "content": "Say ok."}]})
-    reason = message.get("stop_reason")
+    reason = ask(server, {"model": model, "max_tokens": 2000, "stream": True, "messages": [
+        {"role": "user", "content": "Say ok."}]}).get("stop_reason")
     return "" if reason == "end_turn" else "it ended with %s" % reason
 
 
@@ -5906,12 +5514,12 @@ def check_tool(server: ProxyServer) -> str:
     messages: List[Json] = [{"role": "user", "content": "What time is it in Rome? Use the tool."}]
     request = {"model": "claude-sonnet", "max_tokens": 4000, "tools": [tool], "messages": messages,
                "tool_choice": {"type": "any"}, "thinking": {"type": "adaptive"}}
-    answer = ask(server, request)
-    calls = [block["id"] for block in answer["content"] if block["type"] == "tool_use"]
-    if not calls:
-        return "the model called no tool: %s" % json.dumps(answer["content"])[:200]
-    messages += [{"role": "assistant", "content": answer["content"]}, {"role": "user", "content": [
-        {"type": "tool_result", "tool_use_id": id_, "content": "12:34"} for id_ in calls]}]
+    content = ask(server, request)["content"]
+    results = [{"type": "tool_result", "tool_use_id": block["id"], "content": "12:34"}
+               for block in content if block["type"] == "tool_use"]
+    if not results:
+        return "the model called no tool: %s" % json.dumps(content)[:200]
+    messages += [{"role": "assistant", "content": content}, {"role": "user", "content": results}]
     answer = ask(server, dict(request, tool_choice={"type": "none"}))
     return "" if answer["content"] else "no answer to the tool's result"
 
@@ -5987,12 +5595,11 @@ def command_config(command: str, flags: Dict[str, Any]) -> Config:
 
 def print_environment(config: Config, shell: str) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
-    url = "http://%s:%d" % ("[%s]" % host if ":" in host else host, config.port)
     own = os.environ.get("ANTHROPIC_AUTH_TOKEN", "") if config.client_keys else ""
-    values = client_environment(url, config.proxy_auth_token or own or "local", os.environ,
-                                resolve_model("claude-opus", config))
-    unset = ["ANTHROPIC_API_KEY"] if os.environ.get("ANTHROPIC_API_KEY") else []
-    print(export_lines(values, shell, unset))
+    values = client_environment(local_url(host, config.port), config.proxy_auth_token or own
+                                or "local", os.environ, resolve_model("claude-opus", config))
+    print(export_lines(values, shell, [name for name in ("ANTHROPIC_API_KEY",)
+                                       if os.environ.get(name)]))
     return 0
 
 
