@@ -37,6 +37,7 @@ import base64
 import contextlib
 import dataclasses
 import difflib
+import errno
 import fnmatch
 import functools
 import gc
@@ -111,6 +112,12 @@ class ProxyError(Exception):
         self.transient = transient
         self.code = code
 
+    def copy(self) -> "ProxyError":
+        """The same without a traceback: one in a variable would keep its frames, and in them the
+        request, in memory."""
+        return ProxyError(self.status, self.message, self.retry_after, self.should_retry,
+                          self.transient, self.code)
+
     def headers(self) -> Dict[str, str]:
         out = {}
         if self.retry_after is not None:
@@ -177,15 +184,7 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
     bodies.
     """
     error = google_error(raw)
-    message = " ".join(str(error.get("message") or "no reason given").split())
-    inner = error.get("metadata")  # OpenRouter's, with what the provider said
-    if isinstance(inner, dict) and isinstance(inner.get("raw"), str):
-        said = google_error(inner["raw"].encode("utf-8", "replace")).get("message")
-        message += ": " + " ".join(str(said).split())
-    for key in keys:
-        message = message.replace(key, "[key]") if len(key) > 7 else message
-    message = SECRETS.sub("[key]", message)[:400]
-    details = _dicts(error.get("details"))
+    message, details = error_text(error, keys), _dicts(error.get("details"))
     if status == 403 and name == "OpenRouter":  # a moderation, or a limit of the key
         return ProxyError(400, "%s refused this request: %s" % (name, message), should_retry=False)
     if status in (401, 403) or any(d.get("reason") == "API_KEY_INVALID" for d in details):
@@ -198,14 +197,20 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
         return ProxyError(404, "model: %s%s" % (model, reason) if model else message)
     if status == 429:
         return _quota_error(message, details, name, str(error.get("code")))
-    if status in (502, 503, 529):
-        return ProxyError(529, "%s is overloaded: %s" % (name, message), transient=True)
-    if status in (408, 499, 504):
-        return ProxyError(504, "%s did not answer in time: %s" % (name, message), transient=True)
-    overflow = _OVERFLOW.search(message)
-    if status >= 500 and status != 501 and not overflow:
-        return ProxyError(500, "%s answered %d: %s" % (name, status, message), transient=True)
-    return _refusal(status, message, str(details), overflow, name)
+    return _failure(status, message, str(details), name)
+
+
+def error_text(error: Json, keys: Sequence[str]) -> str:
+    """The message of an error object in one line, without keys."""
+    message = str(error.get("message") or "no reason given")
+    inner = error.get("metadata")  # OpenRouter's, with what the provider said
+    if isinstance(inner, dict) and isinstance(inner.get("raw"), str):
+        said = google_error(inner["raw"].encode("utf-8", "replace")).get("message")
+        message = "%s: %s" % (message, said)
+    message = " ".join(message.split())
+    for key in keys:
+        message = message.replace(key, "[key]") if len(key) > 7 else message
+    return SECRETS.sub("[key]", message)[:400]
 
 
 def _dicts(value: Any) -> List[Json]:
@@ -213,9 +218,17 @@ def _dicts(value: Any) -> List[Json]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def _refusal(status: int, message: str, details: str, overflow: Any, name: str) -> ProxyError:
-    """A 400 in the wording that Anthropic's clients act on: they compact, or drop the medium."""
+def _failure(status: int, message: str, details: str, name: str) -> ProxyError:
+    """Overload, faults, and a 400 in the wording that Anthropic's clients act on: they compact, or
+    drop the medium."""
+    overflow = _OVERFLOW.search(message)
     limit, tokens = overflow_numbers(overflow) if overflow else (0, 0)
+    if status in (502, 503, 529):
+        return ProxyError(529, "%s is overloaded: %s" % (name, message), transient=True)
+    if status in (408, 499, 504):
+        return ProxyError(504, "%s did not answer in time: %s" % (name, message), transient=True)
+    if status >= 500 and status != 501 and not overflow:
+        return ProxyError(500, "%s answered %d: %s" % (name, status, message), transient=True)
     if tokens > limit:  # else it is the answer's limit that does not fit
         return ProxyError(400, "prompt is too long: %d tokens > %d maximum" % (tokens, limit))
     if _BAD_IMAGE.search(message + details):
@@ -451,10 +464,6 @@ class Config:
         (), "name=model,... or JSON; * is a wildcard; before the tiers", parse_model_map)
     fallback_models: Tuple[str, ...] = setting(
         (), "models tried in order on quota, overload and not-found", parse_names)
-    long_context_model: str = setting(
-        "", "model for tiers and unknown names above LONG_CONTEXT_TOKENS")
-    long_context_tokens: int = setting(
-        200000, "estimated input tokens from which on a request is long", whole(1))
     prices: Tuple[Tuple, ...] = setting(
         (), "model=input/output/cached,... or JSON, in USD per million tokens; before the built-in "
             "prices", parse_prices)
@@ -498,9 +507,9 @@ class Config:
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
                              "or leave HOST at 127.0.0.1" % self.host)
-        for name in self.fallback_models + (self.long_context_model, self.big_model):
+        for name in self.fallback_models + (self.big_model,):
             try:
-                qualified_name(name or "gemini", self)
+                route_to(name or "gemini", self)
             except ProxyError as error:  # no request could be answered
                 raise ValueError(error.message) from None
 
@@ -564,8 +573,7 @@ def build_parser() -> argparse.ArgumentParser:
                                                         shown_default(row))))
     parser = argparse.ArgumentParser(
         prog="claude_gemini_proxy.py", allow_abbrev=False,
-        usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [sh|fish|powershell] | check | "
-              "statusline]",
+        usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [SHELL] | check]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run Claude Code and other Anthropic clients on Google Gemini.",
         epilog="Precedence: flag > environment > .env in the working directory > default.\n"
@@ -579,12 +587,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-COMMANDS = ("serve", "run", "env", "check", "statusline")
-SHELLS = {
-    "sh": ("export %s=%s", "unset %s", shlex.quote),
-    "fish": ("set -gx %s %s", "set -e %s", shlex.quote),
-    "powershell": ("$env:%s = %s", "Remove-Item Env:%s",
-                   lambda text: "'%s'" % text.replace("'", "''")),
+COMMANDS = ("serve", "run", "env", "check")
+
+
+def fish_quote(text: str) -> str:
+    """https://fishshell.com/docs/current/language.html#quotes (read 2026-11-24)"""
+    return "'%s'" % text.replace("\\", "\\\\").replace("'", "\\'")
+
+
+def powershell_quote(text: str) -> str:
+    """PowerShell ends a text at five kinds of quotation mark; two of them stand for one.
+    https://learn.microsoft.com/powershell/module/microsoft.powershell.core/about/
+    about_quoting_rules (read 2026-11-24)"""
+    return "'%s'" % re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", text)
+
+
+def cmd_quote(text: str) -> str:
+    """What stands between the quotation marks of `set "NAME=value"`; cmd has no escape for the
+    characters that end them or begin a variable."""
+    if re.search(r'["%!\x00-\x1f]', text):
+        raise ValueError("cmd has no way to write %s: use powershell" % json.dumps(text))
+    return text
+
+
+_POSIX = ("export %s=%s", "unset %s", shlex.quote)
+_POWERSHELL = ("$env:%s = %s", "Remove-Item Env:%s -ErrorAction Ignore", powershell_quote)
+SHELLS = {  # how each one sets a variable, removes one, and quotes
+    "sh": _POSIX, "bash": _POSIX, "zsh": _POSIX,
+    "fish": ("set -gx %s %s", "set -e %s", fish_quote),
+    "powershell": _POWERSHELL, "pwsh": _POWERSHELL,
+    "cmd": ('set "%s=%s"', "set %s=", cmd_quote),
 }
 
 
@@ -605,7 +637,7 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
         after = [word for word in unknown if command == "env" and word in SHELLS]
         unknown = [word for word in unknown if word not in after]
         if command == "env" and unknown and not unknown[0].startswith("-"):
-            parser.error("env takes sh, fish or powershell")
+            parser.error("env takes " + ", ".join(SHELLS))
     if unknown:  # not shown whole: it may be a key
         parser.error("not understood: %s (keys are not taken here, see below --help)" % (
             unknown[0].partition("=")[0] if unknown[0].startswith("-") else "an argument"))
@@ -638,17 +670,24 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
         for place, mapping in (("", environ), (" (in .env)", dotenv)):
             sources += [(name + place, mapping.get(name), read)
                         for name, read in environment_names(row)]
-        for name, value, read in sources:
-            try:
-                text = read(value).strip() if value else ""
-                if text:
-                    values[row.name] = row.metadata["parse"](text)
-                    break
-            except ValueError as exc:
-                reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
-                shown = "" if row.metadata["secret"] else ", not %r" % value
-                raise ValueError("%s %s%s" % (name, reason, shown)) from None
+        for name, text, read in sources:
+            value = read_setting(row, name, text, read)
+            if value is not None:
+                values[row.name] = value
+                break
     return Config(**values)
+
+
+def read_setting(row: dataclasses.Field, name: str, text: Optional[str],
+                 read: Callable[[str], str]) -> Any:
+    """The value that a text gives a setting; None if it gives none."""
+    try:
+        value = read(text).strip() if text else ""
+        return row.metadata["parse"](value) if value else None
+    except ValueError as exc:
+        reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
+        shown = "" if row.metadata["secret"] else ", not %r" % text
+        raise ValueError("%s %s%s" % (name, reason, shown)) from None
 
 
 def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
@@ -713,11 +752,46 @@ def model_rule(model: str) -> ModelRule:
     return next(rule for rule in MODEL_RULES if model.startswith(rule.prefixes))
 
 
-_MILLION_MARK = re.compile(r"(?i)(\s*\[1m\])+$")
-_OWN_NAME = re.compile(
-    r"(?:(?:models|gemini|google|anthropic)/|claude-)*((?:gemini|gemma)-.+|tunedModels/.+)$")
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
-_VENDOR_NAME = re.compile(r"(?:claude-)?((~?[A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w./@:-]*))$")
+class Route(NamedTuple):
+    """Who answers a request: an upstream, and what it calls the model."""
+
+    upstream: str
+    model: str
+
+    @property
+    def name(self) -> str:
+        """As the log, prices and settings name it: gemini-3.8-flash, openrouter/openai/gpt-6."""
+        return self.model if self.upstream == "gemini" else "%s/%s" % self
+
+
+class NameRule(NamedTuple):
+    """Names that tell their upstream. The rule counts if that upstream is configured; what the
+    parentheses of `pattern` hold is the model's name there."""
+
+    names: str
+    upstream: str
+    pattern: str
+
+
+_VENDOR, _REST = r"~?[A-Za-z0-9][\w.-]*", r"[A-Za-z0-9][\w./@:-]*"
+# The first rule that fits wins. A `claude-` before a name is passed over: under such names
+# /v1/models offers all models, as Claude Code shows no others. FIRST is the upstream for names that
+# tell none.
+FIRST = "first"
+NAME_RULES = (
+    NameRule("openrouter/NAME", "openrouter", "openrouter/(%s)" % _REST),
+    NameRule("openai/NAME", "openai", "openai/(%s)" % _REST),
+    NameRule("VENDOR/NAME", "openrouter",
+             "(?!(?:models|gemini|tunedModels)/)(%s/%s)" % (_VENDOR, _REST)),
+    NameRule("anthropic/NAME", "anthropic", "anthropic/(%s)" % _REST),
+    NameRule("gemini-NAME, gemma-NAME, tunedModels/NAME", "gemini",
+             r"(?:(?:models|gemini|google|anthropic)/)*((?:gemini|gemma)-.+|tunedModels/.+)"),
+    NameRule("models/NAME, gemini/NAME", "gemini", "(?:models|gemini)/(%s)" % _REST),
+    NameRule("VENDOR/NAME, gemini-NAME", FIRST,
+             "(?!(?:openrouter|openai|anthropic)/)(%s/%s|(?:gemini|gemma)-.+)" % (_VENDOR, _REST)),
+)
+_MILLION_MARK = "[1m]"  # Claude Code puts it behind a name for a context of a million tokens
+_GEMINI_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 NEEDED_KEYS = {
     "openrouter": "OPENROUTER_API_KEY", "openai": "OPENAI_API_BASE or OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY or OPENROUTER_API_KEY"}
@@ -725,26 +799,55 @@ NEEDED_KEYS = {
 OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"
 
 
-def resolve_model(requested: str, config: Config) -> str:
-    """The model that answers for a requested name: a Gemini model, or upstream/model.
+def resolve_model(requested: str, config: Config) -> Route:
+    """Who answers for a requested name: ANTHROPIC_MODEL, MODEL_MAP, NAME_RULES, the tiers, in this
+    order.
 
     Unknown names get the default: lists of Claude's names age in weeks. Raises ProxyError 404 for
     names that could leave the URL's path, and for upstreams that are not configured.
     """
-    name = _MILLION_MARK.sub("", requested.strip())
-    return qualified_name(explicit_target(name, config) or tier_model(name, config), config)
-
-
-def explicit_target(requested: str, config: Config) -> str:
-    """The target that a name itself, ANTHROPIC_MODEL or MODEL_MAP names; "" for all others."""
-    name = _MILLION_MARK.sub("", requested.strip())
+    name = bare_name(requested)
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
-    vendor, there = _VENDOR_NAME.match(name), config.upstreams
-    is_own = _OWN_NAME.match(name) or (vendor and (
-        vendor.group(2) in there or "openrouter" in there
-        or (vendor.group(2) == "models" and "gemini" in there)
-        or (there[0] == "openai" and vendor.group(2) not in NEEDED_KEYS)))
-    return config.anthropic_model or next(mapped, name if is_own else "")
+    target = config.anthropic_model or next(mapped, "")
+    if target:
+        return route_to(target, config)
+    return route_by_name(name, config) or route_to(tier_model(name, config), config)
+
+
+def bare_name(name: str) -> str:
+    name = name.strip()
+    while name[-4:].lower() == _MILLION_MARK:
+        name = name[:-4].rstrip()
+    return name
+
+
+def route_by_name(name: str, config: Config) -> Optional[Route]:
+    """The route that the name itself tells, by NAME_RULES."""
+    first = config.upstreams[0]
+    name = name[7:] if name.startswith("claude-") else name
+    for rule in NAME_RULES:
+        upstream = first if rule.upstream == FIRST and first != "gemini" else rule.upstream
+        found = upstream in config.upstreams and re.fullmatch(rule.pattern, name)
+        if found:
+            return checked_route(upstream, found.group(1))
+    return None
+
+
+def route_to(target: str, config: Config) -> Route:
+    """The route to a model that a setting names."""
+    name = bare_name(target)
+    vendor = name.partition("/")[0]
+    found = route_by_name(name, config)
+    if found is None and "/" in name and vendor in NEEDED_KEYS:
+        raise ProxyError(404, "model: %s needs %s" % (name[:200], NEEDED_KEYS[vendor]))
+    return found or checked_route(config.upstreams[0], name)
+
+
+def checked_route(upstream: str, model: str) -> Route:
+    """A route; Gemini's names go into URLs, so they are a name or two of plain characters."""
+    if len(model) > 200 or (upstream == "gemini" and not _GEMINI_NAME.fullmatch(model)):
+        raise ProxyError(404, "model: %s" % model[:200])
+    return Route(upstream, model)
 
 
 def tier_model(name: str, config: Config) -> str:
@@ -753,51 +856,19 @@ def tier_model(name: str, config: Config) -> str:
     upstream, tier = config.upstreams[0], name.lower()
     own = "%s/%s" % (upstream, name)
     big, small = {
-        "gemini": (config.big_model or config.default_gemini_model, config.small_model),
-        "openrouter": (config.big_model or OPENROUTER_BIG, OPENROUTER_SMALL),
-        "openai": (config.big_model or "default", config.big_model or "default"),
-        "anthropic": (config.big_model or own, own)}[upstream]
+        "gemini": (config.default_gemini_model, config.small_model),
+        "openrouter": (OPENROUTER_BIG, OPENROUTER_SMALL),
+        "openai": ("default", config.big_model or "default"),
+        "anthropic": (own, own)}[upstream]
     if config.small_model != Config.small_model:
         small = config.small_model
     if not _CLAUDE_NAME.search(tier):
-        return {"gemini": config.default_gemini_model, "openai": config.big_model or own}.get(
-            upstream, big)
+        return big if upstream == "gemini" else config.big_model or (
+            own if upstream == "openai" else big)
+    big = config.big_model or big
     tiers = (("haiku", small), ("opus", config.opus_model or big),
              ("sonnet", config.sonnet_model or big))
     return next((model for word, model in tiers if word in tier), big)
-
-
-def qualified_name(target: str, config: Config) -> str:
-    """A target as upstream/model, Gemini's without its upstream: models/gemini-x -> gemini-x."""
-    name = _MILLION_MARK.sub("", target)
-    if len(name) > 200:
-        raise ProxyError(404, "model: %s..." % target[:200])
-    vendor_name, own = _VENDOR_NAME.match(name), _OWN_NAME.match(name)
-    whole, vendor, rest = vendor_name.groups() if vendor_name else (name, "", name)
-    there = config.upstreams
-    if vendor in ("openrouter", "openai") and vendor in there:
-        return whole
-    if vendor not in ("", "models", "gemini", "tunedModels") and "openrouter" in there:
-        return "openrouter/" + whole
-    if vendor == "anthropic" and vendor in there:
-        return whole
-    if (own or vendor in ("gemini", "models")) and "gemini" in there:
-        name = own.group(1) if own else rest
-    elif vendor in NEEDED_KEYS:
-        raise ProxyError(404, "model: %s needs %s" % (name[:200], NEEDED_KEYS[vendor]))
-    elif there[0] != "gemini":
-        return "%s/%s" % (there[0], rest if vendor == there[0] else whole)
-    if not _MODEL_NAME.fullmatch(name):
-        raise ProxyError(404, "model: %s" % target[:200])
-    return name
-
-
-def split_name(target: str) -> Tuple[str, str]:
-    """A full name -> (upstream, what that upstream calls the model)."""
-    upstream, _, model = target.partition("/")
-    if upstream in ("openrouter", "openai", "anthropic"):
-        return upstream, model
-    return "gemini", target
 
 
 class Price(NamedTuple):
@@ -827,16 +898,16 @@ PRICES = (
 )
 
 
-def price_of(model: str, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
+def price_of(route: Route, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
     """The price of a model on a day (2026-12-31), or None if it is not known."""
     prices = (Price(*row) for row in config.prices + PRICES)
-    names = (model, split_name(model)[1])
     return next((price for price in prices
-                 if any(fnmatch.fnmatchcase(name, price.pattern) for name in names)
+                 if any(fnmatch.fnmatchcase(name, price.pattern)
+                        for name in (route.name, route.model))
                  and prompt_tokens >= price.least and day <= (price.until or day)), None)
 
 
-def cost_of(usage: Json, model: str, config: Config, day: str) -> Optional[float]:
+def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[float]:
     """USD for an answer, by its usageMetadata; None if the price is not known.
 
     An upstream that names the cost itself (`cost`) is believed. Counts and costs beyond reason are
@@ -846,7 +917,7 @@ def cost_of(usage: Json, model: str, config: Config, day: str) -> Optional[float
         return float(usage["cost"])
     count = sane_counts(usage)
     prompt, cached = count.get("promptTokenCount", 0), count.get("cachedContentTokenCount", 0)
-    price = price_of(model, config, day, prompt)
+    price = price_of(route, config, day, prompt)
     if price is None:
         return None
     fresh = max(0, prompt - cached) + count.get("toolUsePromptTokenCount", 0)
@@ -937,12 +1008,7 @@ def check_request(body: Any) -> Json:
         raise invalid("messages: at least one message is required")
     if body.get("max_tokens") is not None and body["max_tokens"] < 1:
         raise invalid("max_tokens: must be 1 or more")
-    stops = body.get("stop_sequences") or []
-    for i, stop in enumerate(stops):
-        if not expect(stop, (str,), "stop_sequences[%d]" % i).strip():
-            raise invalid("stop_sequences[%d]: must hold more than white space" % i)
-    if len(stops) > 5:
-        raise invalid("stop_sequences: 5 at most are taken, not %d" % len(stops))
+    check_stops(body.get("stop_sequences") or [])
     container = body.get("container")
     for name, used in (("mcp_servers", body.get("mcp_servers")),
                        ("compaction", body.get("compaction")),
@@ -955,6 +1021,14 @@ def check_request(body: Any) -> Json:
         raise ProxyError(400, "thread: is not supported; send the whole conversation without it",
                          code="thread_unsupported_request")
     return body
+
+
+def check_stops(stops: List[Any]) -> None:
+    if len(stops) > 5:
+        raise invalid("stop_sequences: 5 at most are taken, not %d" % len(stops))
+    for i, stop in enumerate(stops):
+        if not expect(stop, (str,), "stop_sequences[%d]" % i).strip():
+            raise invalid("stop_sequences[%d]: must hold more than white space" % i)
 
 
 # ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
@@ -983,29 +1057,39 @@ class Call(NamedTuple):
     name: str
 
 
+class History:
+    """The state of the fold over a conversation's turns: all that the translation of a turn knows
+    of the turns before it, and what they leave for the rest of the request."""
+
+    def __init__(self) -> None:
+        self.session = ""                     # tells one conversation from another, for text_key
+        self.system: List[str] = []           # texts of the system prompt
+        self.effort = ""                      # that a system message has asked for
+        self.role = ""                        # of the last content
+        self.calls: Dict[str, Call] = {}      # by upstream id; those that wait for their results
+        self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
+        self.added_tools: List[Json] = []
+        self.signatures: Counter = Counter()  # how the calls were signed, for /metrics
+        self.media = self.media_bytes = 0     # images and documents, and their base64 characters
+
+
 class Translation:
-    """A request on its way into an upstream's form: what a pass over it collects, the body that
-    comes out, and what is needed to read the answer."""
+    """A request on its way into an upstream's form: the state of its history, the body that comes
+    out, and what is needed to read the answer."""
 
     def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]],
                  tool_name: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
         self.lookup = lookup
         self.tool_name = tool_name            # the form that the upstream takes
+        self.history = History()
         self.body: Json = {}
         self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
         self.schemas: Dict[str, Any] = {}     # the client's tool name -> its input_schema
-        self.session = ""                     # tells one conversation from another, for text_key
         self.thinking = "shown"               # or "omitted", or "" for off
         self.single_call = False              # the client wants one tool call at a time
-        self.signatures: Counter = Counter()  # how the history's calls were signed, for /metrics
         self.notes: List[str] = []            # what was left out, for the log
-        self.media = self.media_bytes = 0     # images and documents, and their base64 characters
-        self.effort = ""                      # of a system message
-        self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
-        self.added_tools: List[Json] = []
-        self.calls: List[Call] = []           # of the turn in hand, until their results are there
-        self.from_client = ""                     # signature in the thinking block before a call
+        self.from_client = ""                 # signature in the thinking block before a call
         self.place, self.inner = (0, 0), ""   # of the block in hand, for errors
 
     def takes(self, signature: str) -> bool:
@@ -1024,8 +1108,13 @@ class Translation:
         return value if type(value) is kind else expect(value, (kind,), self.path(field))
 
 
-# (role, [((index of the message, index of the block), block), ...])
-Turn = Tuple[str, List[Tuple[Tuple[int, int], Json]]]
+class Turn(NamedTuple):
+    """Neighbouring messages of one role; a block's place is (index of its message, its own)."""
+
+    role: str
+    blocks: List[Tuple[Tuple[int, int], Json]]
+
+
 Lookup = Callable[[str], Optional[str]]
 Declare = Callable[[Json], Json]
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
@@ -1045,7 +1134,8 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README.
     """
     t = Translation(model_rule(model), lookup)
-    system, contents, tools = read_history(request, t)
+    contents = read_history(request, t)
+    tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare or declaration)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     thinking_config = thinking_from(request, t, limit)
@@ -1056,7 +1146,8 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     generation["maxOutputTokens"] = min(limit + headroom, OUTPUT_LIMIT)
     if thinking_config:
         generation["thinkingConfig"] = thinking_config
-    system += search_hints(tools if "googleSearch" in built_in else ()) + format_hint
+    system = t.history.system + format_hint
+    system += search_hints(tools) if "googleSearch" in built_in else []
     t.body = {"contents": contents, "generationConfig": generation}
     if system:
         t.body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
@@ -1065,61 +1156,69 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     return t
 
 
-def read_history(request: Json, t: Translation) -> Tuple[List[str], List[Json], List[Json]]:
-    """-> (system texts, Gemini contents, tools to declare): what all upstreams begin with."""
+def read_history(request: Json, t: Translation) -> List[Json]:
+    """The messages -> Gemini contents that alternate, start and end with the user, and pair every
+    call with a response; what all upstreams begin with. `t.history` is then that of their end."""
+    history = t.history
     t.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
-    system, turns = to_turns(request, t)
-    first_texts = (block.get("text") for _, blocks in turns[:1] for _, block in blocks)
-    t.session = short_hash(str(next(first_texts, ""))[:4000])
-    contents = to_contents(turns, t)
-    return system, contents, offered_tools(request, t)
+    history.system += system_texts(request.get("system"), "system")
+    turns = to_turns(request["messages"], history)
+    first_texts = (block.get("text") for turn in turns[:1] for _, block in turn.blocks)
+    history.session = short_hash(str(next(first_texts, ""))[:4000])
+    contents: List[Json] = []
+    for turn in turns:
+        add_content(contents, translate_turn(turn, t), t)
+    if history.role != "user" or history.calls:
+        end = user_parts([], t) or [{"text": CONTINUE}]
+        add_content(contents, {"role": "user", "parts": end}, t)
+    return contents
 
 
-def to_turns(request: Json, t: Translation) -> Tuple[List[str], List[Turn]]:
-    """Merge messages into alternating turns -> (system texts, turns).
+def to_turns(messages: Sequence[Any], history: History) -> List[Turn]:
+    """Merge messages into alternating turns.
 
     `role: system` messages may stand anywhere: leading ones are system texts, later ones become
     reminders in the user turn beside them, which keeps the prefix of the prompt unchanged.
     """
-    system = system_texts(request.get("system"), "system")
+    last_user = max((i for i, message in enumerate(messages)
+                     if isinstance(message, dict) and message.get("role") == "user"), default=-1)
     turns: List[Turn] = []
-    for i, message in enumerate(request["messages"]):
+    for i, message in enumerate(messages):
         path = "messages[%d]" % i
         role = expect(message, (dict,), path).get("role")
         blocks = blocks_of(message.get("content"), path + ".content")
         if role == "system":
-            texts, blocks = system_message(message, blocks, request["messages"][i + 1:], t,
-                                           not turns, path)
             role = "user"
-            system += texts
+            blocks = system_message(message, blocks, i < last_user, history, not turns, path)
         if role not in ("user", "assistant"):
             raise invalid("%s.role: must be user, assistant or system, not %s"
                           % (path, json.dumps(role)[:80]))
         placed = [((i, j), block) for j, block in enumerate(blocks)]
         summaries = [j for j, block in enumerate(blocks) if block["type"] == "compaction"]
         if summaries and blocks[summaries[-1]].get("content"):  # it stands for all before it
-            turns, placed = [("user", [placed[summaries[-1]]])], placed[summaries[-1] + 1:]
-        if turns and turns[-1][0] == role:
-            turns[-1][1].extend(placed)
+            turns, placed = [Turn("user", [placed[summaries[-1]]])], placed[summaries[-1] + 1:]
+        if turns and turns[-1].role == role:
+            turns[-1].blocks.extend(placed)
         elif placed:
-            turns.append((role, placed))
-    return system, turns
+            turns.append(Turn(role, placed))
+    return turns
 
 
-def system_message(message: Json, blocks: List[Json], later: Sequence[Any], t: Translation,
-                   leads: bool, path: str) -> Tuple[List[str], List[Json]]:
-    """A `role: system` message -> (texts for the system prompt, blocks for the user turn)."""
+def system_message(message: Json, blocks: List[Json], is_before_user: bool, history: History,
+                   leads: bool, path: str) -> List[Json]:
+    """The blocks that a `role: system` message adds to the user turn; its other texts and its
+    effort go into `history`."""
     if isinstance(message.get("output_config"), dict):
-        t.effort = message["output_config"].get("effort") or t.effort
-    if message.get("clear_at") == "next_user_message" and any(
-            isinstance(m, dict) and m.get("role") == "user" for m in later):
-        return [], []
+        history.effort = message["output_config"].get("effort") or history.effort
+    if message.get("clear_at") == "next_user_message" and is_before_user:
+        return []
     if leads:
-        return (system_texts([b for b in blocks if b["type"] == "text"], path + ".content"),
-                [b for b in blocks if b["type"] != "text"])
-    return [], [{"type": "text", "text": REMINDER % b["text"]}  # as Claude Code itself does it
-                if b["type"] == "text" and _is_text(b.get("text"))
-                and not b["text"].startswith("<system-reminder>") else b for b in blocks]
+        history.system += system_texts([b for b in blocks if b["type"] == "text"],
+                                       path + ".content")
+        return [b for b in blocks if b["type"] != "text"]
+    return [{"type": "text", "text": REMINDER % b["text"]}  # as Claude Code itself does it
+            if b["type"] == "text" and _is_text(b.get("text"))
+            and not b["text"].startswith("<system-reminder>") else b for b in blocks]
 
 
 def system_texts(system: Any, path: str) -> List[str]:
@@ -1148,33 +1247,31 @@ def blocks_of(content: Any, path: str) -> List[Json]:
     return content
 
 
-def to_contents(turns: Sequence[Turn], t: Translation) -> List[Json]:
-    """Turns -> Gemini contents that alternate, start and end with the user, and pair every call."""
-    contents: List[Json] = []
+def translate_turn(turn: Turn, t: Translation) -> Json:
+    """One step of the fold: a turn -> its content, with `t.history` moved on."""
+    if turn.role == "user":
+        content = {"role": "user", "parts": user_parts(turn.blocks, t)}
+        t.history.calls = {}
+        return content
+    return {"role": "model", "parts": model_parts(turn.blocks, t)}
 
-    def add(role: str, parts: List[Json]) -> None:
-        if parts and contents and contents[-1]["role"] == role:
-            contents[-1]["parts"] += parts
-        elif parts:
-            contents.append({"role": role, "parts": parts})
 
-    for role, blocks in turns:
-        if role == "user":
-            add("user", user_parts(blocks, t))
-            t.calls = []
-        else:
-            parts = model_parts(blocks, t)
-            if parts and not contents:
-                add("user", [{"text": CONTINUE}])
-            add("model", parts)
-    add("user", user_parts([], t))
-    if not contents or contents[-1]["role"] == "model":
-        add("user", [{"text": CONTINUE}])
-    return contents
+def add_content(contents: List[Json], content: Json, t: Translation) -> None:
+    """Append a content, or its parts to one of the same role; the first one must be the user's."""
+    role, parts = content["role"], content["parts"]
+    if not parts:
+        return
+    if not t.history.role and role == "model":
+        contents.append({"role": "user", "parts": [{"text": CONTINUE}]})
+    if role == t.history.role:
+        contents[-1]["parts"] += parts
+    else:
+        contents.append(content)
+    t.history.role = role
 
 
 def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
-    """Blocks of an assistant turn -> parts; its calls are left in `t.calls`.
+    """Blocks of an assistant turn -> parts; its calls wait in `t.history.calls`.
 
     Gemini 3 and later refuse a step whose first call has no signature, and accept the dummy. It is
     also given to finished steps: their bytes then stay the same from request to request.
@@ -1189,7 +1286,7 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Js
         del part["thoughtSignature"]
     if calls and not signed and t.rule.generation > 2:
         calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
-        t.signatures["dummy"] += 1
+        t.history.signatures["dummy"] += 1
     return parts
 
 
@@ -1199,31 +1296,32 @@ def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Jso
     Calls without a result get an error, results without a call become text, a second result for
     the same call is dropped.
     """
-    results: Dict[str, list] = {}
+    results: Dict[str, Deque[Tuple[Json, List[Json]]]] = {}
     others: List[Json] = []
-    known = {call.tool_use_id for call in t.calls}
+    known = {call.tool_use_id for call in t.history.calls.values()}
     for t.place, block in blocks:
         if block["type"] != "tool_result":
             others += USER_PARTS.get(block["type"], other_parts)(block, t)
             continue
         tool_use_id, response, media = tool_result(block, t)
         if tool_use_id in known:
-            results.setdefault(tool_use_id, []).append((response, media))
+            results.setdefault(tool_use_id, deque()).append((response, media))
         else:  # after a compaction, for example
             text = next(iter(response.values()))
             others += [{"text": "Result of an earlier tool call:\n%s" % text}] if text else []
             others += media
     responses: List[Json] = []
     beside: List[Json] = []
-    for call in t.calls:
+    for call in t.history.calls.values():
         queue = results.get(call.tool_use_id)
-        response, media = queue.pop(0) if queue else ({"error": NO_RESULT}, [])
+        response, media = queue.popleft() if queue else ({"error": NO_RESULT}, [])
         function_response = {"id": call.upstream_id, "name": call.name, "response": response}
-        within = [part for part in media if t.rule.generation > 2 and
-                  (part.get("inlineData") or part["fileData"])["mimeType"] in RESPONSE_MEDIA]
-        if within:
-            function_response["parts"] = within
-        beside += [part for part in media if part not in within]
+        for part in media:
+            mime = (part.get("inlineData") or part["fileData"])["mimeType"]
+            if t.rule.generation > 2 and mime in RESPONSE_MEDIA:
+                function_response.setdefault("parts", []).append(part)
+            else:
+                beside.append(part)
         responses.append({"functionResponse": function_response})
     return responses + beside + others
 
@@ -1259,7 +1357,7 @@ def text_parts(block: Json, t: Translation) -> List[Json]:
 def model_text_parts(block: Json, t: Translation) -> List[Json]:
     """Text of an earlier answer, with the signature that came with it."""
     parts = text_parts(block, t)
-    signature = t.lookup(text_key(parts[0]["text"], t.session)) if parts else None
+    signature = t.lookup(text_key(parts[0]["text"], t.history.session)) if parts else None
     if signature and t.takes(signature):
         parts[0]["thoughtSignature"] = signature
     return parts
@@ -1297,17 +1395,17 @@ def tool_use_parts(block: Json, t: Translation) -> List[Json]:
     args = block.get("input")
     args = args if isinstance(args, dict) else {} if args is None else {"value": args}
     call = Call(tool_use_id, call_id(tool_use_id, t), short_name(name, t.tool_name))
-    t.calls.append(call)
-    t.loaded.setdefault(name, True)
+    t.history.calls[call.upstream_id] = call
+    t.history.loaded.setdefault(name, True)
     part = {"functionCall": {"id": call.upstream_id, "name": call.name, "args": args}}
     kept = t.lookup(tool_use_id) if tool_use_id else None
-    carried, t.from_client = t.from_client, ""
+    returned, t.from_client = t.from_client, ""
     if kept and t.takes(kept):
         part["thoughtSignature"] = kept
-        t.signatures["hit"] += 1
-    elif carried and is_base64(carried) and t.takes(carried):
-        part["thoughtSignature"] = carried
-        t.signatures["from_client"] += 1
+        t.history.signatures["hit"] += 1
+    elif returned and is_base64(returned) and t.takes(returned):
+        part["thoughtSignature"] = returned
+        t.history.signatures["from_client"] += 1
     return [part]
 
 
@@ -1320,8 +1418,10 @@ def call_id(tool_use_id: str, t: Translation) -> str:
         with contextlib.suppress(ValueError):  # somebody else's, then
             padded = own.group(1) + "=" * (-len(own.group(1)) % 4)
             plain = base64.urlsafe_b64decode(padded).decode("utf-8")
-    taken = t.calls and any(call.upstream_id == plain for call in t.calls)
-    return "%s_%d" % (plain, len(t.calls)) if taken else plain
+    for other in (plain, "%s_%d" % (plain, len(t.history.calls))):
+        if other not in t.history.calls:
+            return other
+    return "call_" + short_hash("%s %d" % (plain, len(t.history.calls)))
 
 
 def short_name(name: str, allowed: Any) -> str:
@@ -1400,8 +1500,8 @@ def media_part(source: Json, what: str, t: Translation) -> Json:
         if mime == "image/gif" and t.rule.generation:
             raise t.invalid(".source.media_type", "could not process image: Gemini does not take "
                             "image/gif; send PNG, JPEG, WEBP, HEIC or HEIF")
-    t.media += 1
-    t.media_bytes += len(data)
+    t.history.media += 1
+    t.history.media_bytes += len(data)
     return {"inlineData": {"mimeType": mime, "data": data}}
 
 
@@ -1453,7 +1553,7 @@ def server_result_parts(block: Json, t: Translation) -> List[Json]:
 def tool_reference_parts(block: Json, t: Translation) -> List[Json]:
     """A deferred tool has been found by a tool search: it is declared from now on."""
     name = t.expect(block.get("tool_name"), str, ".tool_name")
-    t.loaded[name] = True
+    t.history.loaded[name] = True
     return [{"text": "Tool %s is loaded." % name}]
 
 
@@ -1462,10 +1562,10 @@ def tool_change_parts(block: Json, t: Translation) -> List[Json]:
     tool = t.expect(block.get("tool"), dict, ".tool")
     definition = tool.get("definition")
     if isinstance(definition, dict):
-        t.added_tools.append(definition)
+        t.history.added_tools.append(definition)
         tool = definition
     if isinstance(tool.get("name"), str):
-        t.loaded[tool["name"]] = block["type"] == "tool_addition"
+        t.history.loaded[tool["name"]] = block["type"] == "tool_addition"
     return []
 
 
@@ -1534,14 +1634,14 @@ SERVER_TOOLS = {"web_search_": "googleSearch", "web_fetch_": "urlContext",
 REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
 
 
-def offered_tools(request: Json, t: Translation) -> List[Json]:
+def offered_tools(request: Json, history: History) -> List[Json]:
     """The tools to declare: all but withdrawn ones, and deferred ones that nothing has loaded.
 
     Where Anthropic would search the tools itself (tool_search_tool_*), deferred ones are offered.
     """
     searchable = False
     unique: Dict[str, Json] = {}
-    for i, tool in enumerate((request.get("tools") or []) + t.added_tools):
+    for i, tool in enumerate((request.get("tools") or []) + history.added_tools):
         path = "tools[%d]" % i
         kind = expect(expect(tool, (dict,), path).get("type") or "custom", (str,), path + ".type")
         if kind.startswith(REFUSED_TOOLS):
@@ -1555,7 +1655,7 @@ def offered_tools(request: Json, t: Translation) -> List[Json]:
         elif tool["name"] != "DeferredToolPlaceholder":
             unique[tool["name"]] = tool
     return [tool for name, tool in unique.items()
-            if t.loaded.get(name, searchable or not tool.get("defer_loading"))]
+            if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
 
 
 def declared_tools(tools: Sequence[Json], t: Translation,
@@ -1687,7 +1787,7 @@ def thinking_from(request: Json, t: Translation, limit: int) -> Json:
 
 def asked_effort(request: Json, t: Translation) -> str:
     """A known effort, of a system message or of the request; else ""."""
-    effort = t.effort or (request.get("output_config") or {}).get("effort")
+    effort = t.history.effort or (request.get("output_config") or {}).get("effort")
     return effort if isinstance(effort, str) and effort in EFFORT_LEVELS else ""
 
 
@@ -1714,6 +1814,8 @@ _HANDLED_KEYWORDS = frozenset(
 _TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
 _FORMATS = {"string": ("date-time",), "integer": ("int32", "int64"), "number": ("float", "double")}
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 20, 2000
+# References and alternatives can multiply a schema. What its result may cost, in characters.
+SCHEMA_GROWTH, SCHEMA_ALLOWANCE = 8, 4000
 
 
 def to_gemini_schema(schema: Any, root: bool = False) -> Json:
@@ -1732,9 +1834,11 @@ def _as_object(node: Json) -> Json:
     branches = [branch for branch in node.get("anyOf", ()) if branch.get("type") == "object"]
     out: Json = {"type": "object", "properties": {}}
     for branch in branches:
-        out["properties"] = dict(branch.get("properties", {}), **out["properties"])
+        for name, prop in branch.get("properties", {}).items():
+            out["properties"].setdefault(name, prop)
     needs = [branch.get("required", []) for branch in branches]
-    common = [name for name in needs[0] if all(name in names for names in needs)] if needs else []
+    shared = set(needs[0]).intersection(*needs[1:]) if needs else set()
+    common = [name for name in needs[0] if name in shared] if needs else []
     if common:
         out["required"] = common
     hints = [node.get("description")] + ["either: needs %s" % ", ".join(names) for names in needs
@@ -1745,70 +1849,81 @@ def _as_object(node: Json) -> Json:
 
 
 class SchemaCleaner:
-    """Cleans the nodes of one document. `refs` are the `$ref`s that lead to a node."""
+    """Cleans the nodes of one document. `refs` are the `$ref`s that lead to a node. What would cost
+    more than the document allows becomes an open object."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
-        self.left = MAX_SCHEMA_NODES
+        self.nodes_left = MAX_SCHEMA_NODES
+        self.cost_left = SCHEMA_ALLOWANCE + SCHEMA_GROWTH * len(marshalled(document))
 
     def node(self, schema: Any, refs: Tuple[str, ...] = (), depth: int = 0) -> Json:
         """One schema (never a map of schemas) -> one that has a type or an anyOf."""
-        self.left -= 1
-        if depth > MAX_SCHEMA_DEPTH or self.left < 0:
-            return {"type": "object", "description": "any JSON object"}
+        self.nodes_left -= 1
         if not isinstance(schema, dict):
             return _any_value()
-        schema, refs = self.resolved(schema, refs, depth)
+        if depth <= MAX_SCHEMA_DEPTH and self.nodes_left >= 0:
+            schema, refs = self.resolved(schema, refs, depth)
+            self.cost_left -= _schema_cost(schema)
+        if depth > MAX_SCHEMA_DEPTH or self.is_spent:
+            return {"type": "object", "description": "any JSON object"}
         types, branches = _types(schema), _list(schema, "anyOf") + _list(schema, "oneOf")
-        hints = ["%s: %s" % (key, json.dumps(value)[:200]) for key, value in schema.items()
+        hints = ["%s: %s" % (key, short_json(value, 200)) for key, value in schema.items()
                  if key not in _HANDLED_KEYWORDS and not key.startswith("x-")]
-        if branches or len(types) > 1:  # what stands beside them goes into each branch
-            outer = {key: value for key, value in schema.items()
-                     if key not in ("anyOf", "oneOf", "description", "title", "default")}
-            node = self.union([_joined(branch, outer) if isinstance(branch, dict) else branch
-                               for branch in branches if branch is not False] if branches else
-                              [dict(outer, type=kind, nullable=False) for kind in types],
-                              refs, depth)
+        if branches or len(types) > 1:
+            node = self.alternatives(schema, types, branches, refs, depth)
         elif types:
             node = self.typed(schema, types[0], refs, depth, hints)
         else:
             node = _any_value()
-        node.update((key, schema[key]) for key in ("title", "description")
-                    if _is_text(schema.get(key)))
-        if "default" in schema:
-            node["default"] = schema["default"]
-        if hints:
-            text = "%s (%s)" % (node.get("description", ""), "; ".join(hints))
-            node["description"] = text.strip()
-        return node
+        return _described(node, schema, hints)
+
+    @property
+    def is_spent(self) -> bool:
+        return self.nodes_left < 0 or self.cost_left < 0
 
     def resolved(self, schema: Json, refs: Tuple[str, ...],
                  depth: int) -> Tuple[Json, Tuple[str, ...]]:
         """Put local `$ref`s and `allOf` members into the node itself; a cycle becomes an object."""
-        while isinstance(schema.get("$ref"), str) and self.left > 0:
-            self.left -= 1
+        while isinstance(schema.get("$ref"), str) and self.cost_left > 0:
             ref = schema["$ref"]
+            self.cost_left -= _schema_cost(schema)
             schema = {key: value for key, value in schema.items() if key != "$ref"}
             target = _pointed(self.document, ref)
             if target is None or ref in refs:
-                hint = "same form as %s" % (ref.rpartition("/")[2].strip("#") or "the whole")
+                hint = "same form as %s" % (ref.rpartition("/")[2].strip("#")[:100] or "the whole")
                 return dict({"type": "object", "description": hint}, **schema), refs
             schema, refs = dict(target, **schema), refs + (ref,)
         for member in _list(schema, "allOf"):
-            self.left -= 1
-            if isinstance(member, dict) and depth < MAX_SCHEMA_DEPTH and self.left > 0:
+            if isinstance(member, dict) and depth < MAX_SCHEMA_DEPTH and self.cost_left > 0:
                 member, _ = self.resolved(member, refs, depth + 1)
+                self.cost_left -= _schema_cost(schema) + _schema_cost(member)
                 schema = _joined({k: v for k, v in schema.items() if k != "allOf"}, member)
         return schema, refs
 
-    def union(self, branches: Sequence[Any], refs: Tuple[str, ...], depth: int) -> Json:
+    def alternatives(self, schema: Json, types: Sequence[str], branches: Sequence[Any],
+                     refs: Tuple[str, ...], depth: int) -> Json:
+        """anyOf, oneOf or several types; what stands beside them goes into each branch."""
+        outer = {key: value for key, value in schema.items()
+                 if key not in ("anyOf", "oneOf", "description", "title", "default")}
+        if not branches:
+            each = (dict(outer, type=kind, nullable=False) for kind in types)
+        else:
+            each = (_joined(branch, outer) if isinstance(branch, dict) else branch
+                    for branch in branches if branch is not False)
+        return self.union(each, refs, depth)
+
+    def union(self, branches: Iterable[Any], refs: Tuple[str, ...], depth: int) -> Json:
         """Alternatives -> anyOf, without doubles and without anyOf in it."""
-        nodes: List[Json] = []
+        nodes: Dict[str, Json] = {}
         for branch in branches:
             node = self.node(branch, refs, depth + 1)
-            nodes += [flat for flat in (node["anyOf"] if set(node) == {"anyOf"} else [node])
-                      if flat not in nodes]
-        return {"anyOf": nodes} if len(nodes) > 1 else nodes[0] if nodes else _any_value()
+            for flat in node["anyOf"] if set(node) == {"anyOf"} else [node]:
+                nodes.setdefault(json.dumps(flat), flat)
+            if self.is_spent:
+                break
+        found = list(nodes.values())
+        return {"anyOf": found} if len(found) > 1 else found[0] if found else _any_value()
 
     def typed(self, schema: Json, kind: str, refs: Tuple[str, ...], depth: int,
               hints: List[str]) -> Json:
@@ -1841,6 +1956,18 @@ class SchemaCleaner:
         return node
 
 
+def _described(node: Json, schema: Json, hints: Sequence[str]) -> Json:
+    """A node with what is said of it, and of what was left out."""
+    node.update((key, schema[key]) for key in ("title", "description")
+                if _is_text(schema.get(key)))
+    if "default" in schema:
+        node["default"] = schema["default"]
+    if hints:
+        text = "%s (%s)" % (node.get("description", ""), "; ".join(hints))
+        node["description"] = text.strip()
+    return node
+
+
 def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
     """enum, format, pattern and bounds; other values than Gemini's enum takes are told."""
     values, kind = _values(schema), node["type"]
@@ -1850,7 +1977,7 @@ def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
     if "" in values and kind == "string":
         hints.append('or "" (empty)')
     elif values and not texts:
-        hints.append("one of: %s" % ", ".join(json.dumps(value) for value in values)[:500])
+        hints.append("one of: %s" % short_json(values, 500)[1:].rstrip("]"))
     form = schema.get("format")
     if form in _FORMATS.get(kind, ()):
         node["format"] = form
@@ -1861,6 +1988,38 @@ def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
     for key in ("minimum", "maximum") if kind in ("integer", "number") else ():
         if type(schema.get(key)) in (int, float) and abs(schema[key]) < 1 << 53:
             node[key] = schema[key]
+
+
+def marshalled(value: Any) -> bytes:
+    """A JSON value as bytes that are exact in types, unlike ==; this version has no references."""
+    try:
+        return marshal.dumps(value, 2)
+    except ValueError:
+        raise invalid("A tool or schema is nested too deeply.") from None
+
+
+def _schema_cost(schema: Json) -> int:
+    """Characters of a schema object, without the schemas in it."""
+    cost = 10
+    for key, value in schema.items():
+        cost += 10 + len(key)
+        if key == "default":
+            cost += len(marshalled(value))
+        elif isinstance(value, str):
+            cost += len(value)
+        elif isinstance(value, (list, dict)):
+            cost += sum(len(item) if isinstance(item, str) else 5 for item in value)
+    return cost
+
+
+def short_json(value: Any, limit: int) -> str:
+    """The beginning of a value's JSON, without making the rest."""
+    text = ""
+    for piece in json.JSONEncoder().iterencode(value):
+        text += piece[:limit]
+        if len(text) >= limit:
+            break
+    return text[:limit]
 
 
 def _is_text(value: Any) -> bool:
@@ -2047,18 +2206,17 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
     openrouter, openai (OpenAI's own server) or other. Otherwise as to_gemini.
     """
     t = Translation(OPENAI_RULE, lookup, _OPENAI_NAME)
-    system, contents, tools = read_history(request, t)
+    contents = read_history(request, t)
+    tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare or declaration)
-    system += search_hints(tools)
+    system = t.history.system + search_hints(tools)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     t.body = {"model": model, "messages": openai_messages(system, contents, dialect),
               "max_completion_tokens" if dialect == "openai" else "max_tokens": limit,
               **openai_reasoning(request, t, dialect, limit), **sampling(request, OPENAI_SAMPLING)}
     if functions:
         t.names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
-        t.body["tools"] = [{"type": "function", "function": {
-            "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
-            "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
+        t.body["tools"] = openai_tools(functions)
         t.body.update(openai_choice(request.get("tool_choice") or {}, t.names))
     elif built_in == ["googleSearch"] and dialect == "openrouter":
         t.body["plugins"] = [{"id": "web"}]
@@ -2069,12 +2227,18 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
         t.body["response_format"] = {"type": "json_schema", "json_schema": {
             "name": "answer", "schema": answer["responseJsonSchema"]}}
     if dialect == "openai":
-        t.body["prompt_cache_key"] = t.session
+        t.body["prompt_cache_key"] = t.history.session
     elif request.get("top_k") is not None:
         t.body["top_k"] = request["top_k"]
     if dialect == "openrouter" and "anthropic/" in model:
         mark_cache(t.body["messages"])
     return t
+
+
+def openai_tools(functions: Sequence[Tuple[Json, Json]]) -> List[Json]:
+    return [{"type": "function", "function": {
+        "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
+        "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
 
 
 def openai_dialect(upstream: str, config: Config) -> str:
@@ -2403,35 +2567,6 @@ _REFUSES = re.compile(r"(?i)unsupported|not support|unrecognized|unknown|unexpec
                       r"|incompatible|unavailable|deprecated|invalid for")
 _AT_MOST = re.compile(r"(?i)(?:at most|less than or equal to|maximum (?:value )?is|<=|range of "
                       r"max_\w+ (?:is|should be) \[\d+,|\d >) ?[`'\"]?(\d{1,9})")
-_NO_USER_AFTER_TOOL = re.compile(r"(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool")
-_NO_MEDIA = re.compile(r"(?i)content (?:blocks|part|type)"
-                       r"|\b(?:image|images|file|multimodal|vision)\b")
-
-
-def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
-    """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
-    limit = next((name for name in LIMITS if name in body), "")
-    overflow, most = _OVERFLOW.search(message), _AT_MOST.search(message)
-    refuses = _REFUSES.search(message)
-    if limit and limit in message and refuses and not most:
-        yield limit, without_field(body, limit)
-    elif overflow or (most and "token" in message):
-        context, prompt = overflow_numbers(overflow) if overflow else (0, 0)
-        lower = int(most.group(1)) if most else context - prompt - 16
-        yield "a larger " + limit, dict(body, **{limit: max(1, min(lower, body.get(limit, lower)))})
-    for name in OPTIONAL_FIELDS if refuses else ():
-        if name in body and re.search(r"(?i)\b%s\b" % name, message):
-            yield name, without_field(body, name)
-    if "reasoning_content" in message:
-        yield "a call without reasoning_content", dict(body, messages=[
-            dict({"reasoning_content": " "}, **message_) if "tool_calls" in message_ else message_
-            for message_ in body["messages"]])
-    if _NO_USER_AFTER_TOOL.search(message):
-        yield "a text after tools", dict(body, messages=users_into_tools(body["messages"]))
-    if _NO_MEDIA.search(message):
-        yield "media", dict(body, messages=[without_media(each) for each in body["messages"]])
-
-
 def without_field(body: Json, name: str) -> Json:
     """A body without a field that was refused; a limit goes into the other field for it."""
     out = {key: value for key, value in body.items() if key != name}
@@ -2461,6 +2596,46 @@ def without_media(message: Json) -> Json:
         part.get("text") or notes[part["type"]] for part in content))
 
 
+def calls_with_reasoning(messages: Sequence[Json]) -> List[Json]:
+    """Calls whose reasoning is not known, with an empty one."""
+    return [dict({"reasoning_content": " "}, **message) if "tool_calls" in message else message
+            for message in messages]
+
+
+# What a 400 says -> (name of the repair for the log, how the messages change)
+OPENAI_REPAIRS = (
+    ("reasoning_content", "a call without reasoning_content", calls_with_reasoning),
+    ("(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool", "a text after tools",
+     users_into_tools),
+    (r"(?i)content (?:blocks|part|type)|\b(?:image|images|file|multimodal|vision)\b", "media",
+     lambda messages: [without_media(message) for message in messages]),
+)
+
+
+def openai_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
+    """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
+    refuses = _REFUSES.search(message)
+    yield from limit_repairs(body, message, bool(refuses))
+    for name in OPTIONAL_FIELDS if refuses else ():
+        if name in body and re.search(r"(?i)\b%s\b" % name, message):
+            yield name, without_field(body, name)
+    for pattern, name, change in OPENAI_REPAIRS:
+        if re.search(pattern, message):
+            yield name, dict(body, messages=change(body["messages"]))
+
+
+def limit_repairs(body: Json, message: str, refuses: bool) -> Iterator[Tuple[str, Json]]:
+    """The other field for the limit of the answer's tokens, or a lower limit."""
+    limit = next((name for name in LIMITS if name in body), "")
+    overflow, most = _OVERFLOW.search(message), _AT_MOST.search(message)
+    if limit and limit in message and refuses and not most:
+        yield limit, without_field(body, limit)
+    elif overflow or (most and "token" in message):
+        context, prompt = overflow_numbers(overflow) if overflow else (0, 0)
+        lower = int(most.group(1)) if most else context - prompt - 16
+        yield "a larger " + limit, dict(body, **{limit: max(1, min(lower, body.get(limit, lower)))})
+
+
 def without_own_thoughts(request: Json) -> Json:
     """A request without the thinking blocks that were made here: Anthropic refuses them."""
     messages = []
@@ -2475,13 +2650,13 @@ def without_own_thoughts(request: Json) -> Json:
     return dict(request, messages=messages) if "messages" in request else request
 
 
-def translated(request: Json, config: Config, lookup: Lookup = lambda key: None,
-               declare: Optional[Declare] = None, model: str = "") -> Translation:
-    """A request in the form of the upstream that has the model (a full name)."""
-    upstream, name = split_name(model)
-    if upstream == "gemini":
-        return to_gemini(request, name, config, lookup, declare)
-    return to_openai(request, name, config, lookup, declare, openai_dialect(upstream, config))
+def translated(request: Json, config: Config, route: Route, lookup: Lookup = lambda key: None,
+               declare: Optional[Declare] = None) -> Translation:
+    """A request in the form of the upstream that answers it."""
+    if route.upstream == "gemini":
+        return to_gemini(request, route.model, config, lookup, declare)
+    return to_openai(request, route.model, config, lookup, declare,
+                     openai_dialect(route.upstream, config))
 
 
 # ---- 8. Gemini answer -> Anthropic events (pure) --------------------------------------------
@@ -2542,7 +2717,7 @@ class MessageEmitter:
     def adopt(self, translation: Translation) -> None:
         """Read answers as answers to this request; a fallback model may have got another one."""
         self._names, self._schemas = translation.names, translation.schemas
-        self._session, self._thinking = translation.session, translation.thinking
+        self._session, self._thinking = translation.history.session, translation.thinking
         self._single_call = translation.single_call
 
     def start(self) -> List[Json]:
@@ -3113,7 +3288,7 @@ class DeclarationCache:
         self._known = LRUCache(2000)
 
     def declare(self, tool: Json) -> Declared:
-        key = marshal.dumps(tool, 2)  # exact in types, unlike ==; this version has no references
+        key = marshalled(tool)
         declared = self._known.get(key)
         if declared is None:
             declared = Declared(declaration(tool))
@@ -3143,7 +3318,8 @@ class TokenCounts:
 
     def estimate(self, size: int, translation: Translation) -> int:
         """Tokens of `size` bytes of request: a quarter, and 258 for each medium; calibrated."""
-        rough = (size - translation.media_bytes) // 4 + 258 * translation.media
+        history = translation.history
+        rough = (size - history.media_bytes) // 4 + 258 * history.media
         return max(1, round(rough * self._true / self._estimated))
 
     def learn(self, estimated: int, true: int) -> None:
@@ -3227,14 +3403,13 @@ class Metrics:
 
 
 class Traffic:
-    """What was asked in the last hour, what was spent, and the sums of each client's session."""
+    """What was asked in the last hour, and what was spent since the start."""
 
-    SUMS = ("requests", "input", "cached", "output", "thought", "cost")
+    SUMS = ("input", "cached", "output", "thought", "cost")
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._lock = threading.Lock()  # protects all below
-        self._sessions = LRUCache(1000)
+        self._lock = threading.Lock()  # protects the two below
         self._records: Deque[Json] = deque(maxlen=5000)
         self._spent = 0.0
 
@@ -3243,22 +3418,11 @@ class Traffic:
         """USD since the start, of all models whose price is known."""
         return self._spent
 
-    def add(self, record: Json, session: str = "") -> None:
+    def add(self, record: Json) -> None:
         """Keep a record: `status` and, where there was an answer, the fields of its log line."""
         with self._lock:
             self._records.append(dict(record, time=self._clock()))
             self._spent += record.get("cost") or 0.0
-            if session:
-                sums = self._sessions.get(session) or dict.fromkeys(self.SUMS + ("largest",), 0)
-                added = {name: sums[name] + (record.get(name) or 0) for name in self.SUMS}
-                added.update(requests=sums["requests"] + 1, model=sums.get("model"),
-                             largest=sums["largest"])
-                if record.get("input", 0) >= sums["largest"]:  # the others are side jobs
-                    added.update(model=record.get("model"), largest=record.get("input", 0))
-                self._sessions.put(session, added)
-
-    def session(self, id_: str) -> Optional[Json]:
-        return self._sessions.get(id_)
 
     def last_hour(self) -> Json:
         """-> {"minutes": 60 sums, the oldest first, "recent": the newest 20 records}"""
@@ -3275,7 +3439,7 @@ class Traffic:
 def minute_sums(records: Sequence[Json]) -> Json:
     """Requests, errors, tokens, USD and median times of some records."""
     sums: Json = {name: sum(record.get(name) or 0 for record in records)
-                  for name in Traffic.SUMS[1:]}
+                  for name in Traffic.SUMS}
     for name in ("first_ms", "total_ms"):
         times = sorted(record[name] for record in records if record.get(name))
         sums[name] = times[len(times) // 2] if times else None
@@ -3285,7 +3449,8 @@ def minute_sums(records: Sequence[Json]) -> Json:
 
 # ---- 11. HTTP to upstreams (I/O) ------------------------------------------------------------
 
-HEAD_LIMIT = 1 << 16
+HEAD_LIMIT = 1 << 16  # bytes of a request's or response's line and headers
+INTERIM_LIMIT = 10    # 1xx responses before the final one
 
 
 def read_head(file: Any) -> List[bytes]:
@@ -3306,47 +3471,62 @@ def read_head(file: Any) -> List[bytes]:
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
+CHUNK_LINE_LIMIT = 1 << 12  # bytes of the line before a chunk, and of the trailers together
 
 
-def unchunked(read: Callable[[], bytes], limit: int = 1 << 40) -> Iterator[bytes]:
-    """The content of a chunked body. Chunks that arrived together come in one piece, which costs
-    one write to the client instead of several. HTTPException if the body ends too early, and
-    ValueError for a chunk above the limit."""
-    data = bytearray()
-    at_end = False
-    while not at_end or b"\r\n\r\n" not in data:  # behind the last chunk's size there are trailers
-        more = read()
-        if not more:
-            raise http.client.IncompleteRead(bytes(data))
-        data += more
+class ChunkedDecoder:
+    """Takes a chunked body as it arrives. What arrives together is given out together, which costs
+    one write to the client instead of one for each chunk."""
+
+    def __init__(self, limit: int = 1 << 40) -> None:
+        self._left = limit       # bytes that the content may still have
+        self._data = bytearray()
+        self.ended = False
+        self.rest = b""          # what stands behind the body once it has ended
+
+    def feed(self, data: bytes) -> bytes:
+        """-> the content of the chunks that are complete now. Raises HTTPException for what is not
+        chunked, and ValueError for more content than the limit."""
+        self._data += data
         contents, start = [], 0
-        while not at_end:
-            line = _CHUNK_SIZE.match(data, start)
-            if not line:
-                if b"\n" in data[start:]:
-                    raise http.client.HTTPException("a chunk without its size")
+        while True:
+            line = _CHUNK_SIZE.match(self._data, start)
+            size = int(line.group(1), 16) if line else 0
+            if size > self._left:
+                raise ValueError("a body above the limit")
+            if size == 0:
                 break
-            end = line.end() + int(line.group(1), 16)
-            if end > limit + line.end() or len(data) > limit + (1 << 20):
-                raise ValueError("a chunk of more than %d bytes" % limit)
-            at_end = end == line.end()
-            if at_end or len(data) < end + 2:
+            end = line.end() + size
+            if len(self._data) < end + 2:
                 break
-            contents.append(data[line.end():end])
+            if self._data[end:end + 2] != b"\r\n":
+                raise http.client.HTTPException("a chunk is longer than its size")
+            contents.append(bytes(self._data[line.end():end]))
+            self._left -= size
             start = end + 2
-        del data[:start]
-        if contents:
-            yield b"".join(contents)
+        del self._data[:start]
+        if size == 0:
+            self._take_end(line is not None)
+        return b"".join(contents)
+
+    def _take_end(self, is_last: bool) -> None:
+        """What is left begins with the last chunk's line, or with part of a line."""
+        head = bytes(self._data[:CHUNK_LINE_LIMIT])
+        end = head.find(b"\r\n\r\n") if is_last else -1
+        if end >= 0:  # behind the trailers, if there are any
+            self.ended, self.rest = True, bytes(self._data[end + 4:])
+        elif len(head) == CHUNK_LINE_LIMIT or (b"\n" in head and not is_last):
+            raise http.client.HTTPException("invalid chunk size, or trailers without end")
 
 
-def is_ready(sock: socket.socket, to_write: bool = False) -> bool:
-    """Whether a socket can be read (or written) at once. select ends at 1024 descriptors."""
+def is_ready(sock: socket.socket, to_write: bool = False, seconds: float = 0.0) -> bool:
+    """Whether a socket can be read (or written) within a time. select ends at 1024 descriptors."""
     if hasattr(select, "poll"):
         poll = select.poll()
         poll.register(sock, select.POLLOUT if to_write else select.POLLIN)
-        return bool(poll.poll(0))
-    found = select.select([] if to_write else [sock], [sock] if to_write else [], [], 0)
-    return any(found)
+        return bool(poll.poll(seconds * 1000))
+    lists = ([], [sock], [sock]) if to_write else ([sock], [], [])
+    return any(select.select(*lists, seconds))
 
 
 def is_disconnected(sock: socket.socket) -> bool:
@@ -3359,12 +3539,13 @@ def is_disconnected(sock: socket.socket) -> bool:
 
 
 class Exchange:
-    """One client request on its way: what the upstream needs of it, and what the log says of it."""
+    """One client request on its way: what the upstream needs of it, what was tried so far, and what
+    the log says of it."""
 
-    def __init__(self, request: Json, models: Sequence[str],
-                 translate: Callable[..., Any] = lambda model: None, stream: bool = False,
+    def __init__(self, request: Json, routes: Sequence[Route],
+                 translate: Callable[..., Any] = lambda route: None, stream: bool = False,
                  client_key: str = "") -> None:
-        self.request, self.models = request, list(dict.fromkeys(models))
+        self.request, self.routes = request, list(dict.fromkeys(routes))
         self.stream, self.client_key, self.translate = stream, client_key, translate
         self.retries = 0                # for the log
         self.key_number = 0
@@ -3372,28 +3553,32 @@ class Exchange:
         self.disconnected = threading.Event()   # the client has left
         self._lock = threading.Lock()   # protects _connection: it may become another exchange's
         self._connection: Any = None
-        self.use_model(self.models[0])
+        self.use_route(self.routes[0])
 
-    def use_model(self, model: str) -> None:
+    def use_route(self, route: Route) -> None:
         """Begin with a model: its own translation, and all tries."""
-        self.model = model
-        self.translation = self.translate(model=model)
+        self.route, self.model = route, route.name
+        self.translation = self.translate(route=route)
         self.body: Optional[Json] = None      # as it is sent: translated, then repaired
         self.repaired: Dict[str, str] = {}    # name of a repair -> the message that asked for it
         self.failures = self.key_changes = 0
 
-    def next_model(self) -> bool:
+    def next_route(self) -> bool:
         """Go on to the next model, if there is one."""
-        position = self.models.index(self.model) + 1
-        if position < len(self.models):
-            self.use_model(self.models[position])
-        return position < len(self.models)
+        position = self.routes.index(self.route) + 1
+        if position < len(self.routes):
+            self.use_route(self.routes[position])
+        return position < len(self.routes)
 
     def use(self, connection: Any) -> None:
         """Note the connection in use, None after use; raises if the client has left."""
         with self._lock:
             self._connection = connection
-        if connection and self.disconnected.is_set():
+        if connection:
+            self.check_client()
+
+    def check_client(self) -> None:
+        if self.disconnected.is_set():
             raise ConnectionAbortedError("the client has left")
 
     def cancel(self) -> None:
@@ -3403,6 +3588,30 @@ class Exchange:
             sock = getattr(self._connection, "sock", None)
             if sock:  # not SSLSocket's own shutdown: that takes the TLS layer from the reader
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK,
+               getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK))
+
+
+def connect_socket(exchange: Exchange, address: Tuple[str, int], timeout: float,
+                   source: Any = None) -> socket.socket:
+    """socket.create_connection, but it ends within half a second after the client has left."""
+    deadline = time.monotonic() + timeout
+    for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
+        with contextlib.ExitStack() as failed:
+            sock = failed.enter_context(socket.socket(family, kind, protocol))
+            sock.setblocking(False)
+            code = sock.connect_ex(place)
+            while code in _CONNECTING and time.monotonic() < deadline:
+                if is_ready(sock, to_write=True, seconds=0.5):
+                    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                exchange.check_client()
+            if code == 0:
+                failed.pop_all()
+                sock.settimeout(timeout)
+                return sock
+    raise socket.timeout() if code in _CONNECTING else OSError(code, os.strerror(code))
 
 
 class TLSConnection(http.client.HTTPSConnection):
@@ -3427,10 +3636,9 @@ class Response:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
         self._file = connection.sock.makefile("rb", 65536)
         self._timeout, self._deadline = connection.sock.gettimeout(), 0.0
-        version, self.status = b"", 100
+        self.at_end = False  # the end of the body has arrived
         try:
-            while self.status < 200:  # 1xx only announces another
-                version, self.status, self.fields = self._read_head()
+            version, self.status, self.fields = self._read_final_head()
         except BaseException:
             self._file.close()
             raise
@@ -3444,8 +3652,15 @@ class Response:
         self._reusable = (self.is_framed and version != b"0"
                           and "close" not in fields.get("connection", "").lower())
 
+    def _read_final_head(self) -> Tuple[bytes, int, Dict[str, str]]:
+        """-> (minor version, status, fields), of the first head that is no 1xx"""
+        for _ in range(INTERIM_LIMIT):
+            head = self._read_head()
+            if head[1] >= 200:
+                return head
+        raise http.client.HTTPException("more than %d interim responses" % INTERIM_LIMIT)
+
     def _read_head(self) -> Tuple[bytes, int, Dict[str, str]]:
-        """-> (minor version, status, fields)"""
         line = self._file.readline(HEAD_LIMIT)
         found = re.match(rb"HTTP/1\.(\d) +(\d{3})\b", line)
         if not line:
@@ -3479,17 +3694,25 @@ class Response:
 
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if it ends too early."""
-        if self._chunked:
-            yield from unchunked(self._read)
-        while self._left and not self._chunked:
+        decoder = ChunkedDecoder() if self._chunked else None
+        while decoder and not decoder.ended:
+            data = self._read()
+            if not data:
+                raise http.client.IncompleteRead(b"")
+            piece = decoder.feed(data)
+            self.at_end = decoder.ended
+            if piece:
+                yield piece
+        while self._left and not decoder:
             piece = self._read(65536 if self._left < 0 else min(65536, self._left))
             if not piece and self._left > 0:
                 raise http.client.IncompleteRead(b"", self._left)
             if not piece:
                 break
             self._left -= len(piece) if self._left > 0 else 0
+            self.at_end = self._left == 0
             yield piece
-        self.close(self._reusable)
+        self.close(self._reusable and not (decoder and decoder.rest))
 
     def _read(self, limit: int = 65536) -> bytes:
         if self._deadline:
@@ -3559,7 +3782,9 @@ class ConnectionPool(urllib.request.HTTPSHandler):
             if not idle and tunnel:
                 connection.set_tunnel(tunnel, headers=for_tunnel)
             if not idle:
+                connection._create_connection = functools.partial(connect_socket, exchange)
                 connection.connect()
+                connection._create_connection = None  # an idle connection holds no request
             exchange.use(connection)  # the client may have left while it connected
             connection.sock.settimeout(request.timeout)
             connection.sock.sendall(http_request(request.get_method(), request.selector, headers,
@@ -3591,11 +3816,15 @@ class ConnectionPool(urllib.request.HTTPSHandler):
             if len(idle) > self.IDLE_LIMIT:
                 idle.pop(0)[0].close()
 
-    def close_idle(self) -> None:
+    def close_idle(self, seconds: float = 0.0) -> None:
+        """Close connections that have been idle for so long."""
+        oldest = time.monotonic() - seconds
         with self._lock:
-            for idle in self._idle.values():
-                while idle:
-                    idle.pop()[0].close()
+            expired = [item for idle in self._idle.values() for item in idle if item[1] <= oldest]
+            self._idle = {place: [item for item in idle if item[1] > oldest]
+                          for place, idle in self._idle.items()}
+        for connection, _ in expired:
+            connection.close()
 
 
 def http_request(method: str, selector: str, headers: Mapping[str, str],
@@ -3646,6 +3875,10 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
 
 
 # ---- 12. Upstreams (I/O) --------------------------------------------------------------------
+
+# Chunks that arrived together, and whether the end of the answer arrived with them.
+Batch = Tuple[List[Json], bool]
+
 
 class Upstream:
     """What all kinds of upstream share: keys, retries, streams and their faults.
@@ -3704,14 +3937,14 @@ class Upstream:
         """The upstream's own count of a request's tokens, or None."""
         return None
 
-    def attempt(self, exchange: Exchange) -> Iterator[List[Json]]:
-        """One try: the answer's chunks, those together that arrived together, or ProxyError."""
+    def attempt(self, exchange: Exchange) -> Iterator[Batch]:
+        """One try: the answer's chunks, or ProxyError."""
         if exchange.body is None:
             exchange.body = self.first_body(exchange)
         last_try = 0 < self._config.max_retries <= exchange.failures
         batches = self._request(exchange, exchange.stream and not last_try
                                 and time.monotonic() >= self._streaming_disabled_until)
-        first = next(batches, [])
+        first = next(batches, ([], True))
         self.remember(exchange)
         yield first
         yield from batches
@@ -3759,7 +3992,7 @@ class Upstream:
         return (self.keys.cool_down(exchange.key_number, exchange.model, seconds)
                 and exchange.key_changes < len(self.key_list))
 
-    def _request(self, exchange: Exchange, stream: bool) -> Iterator[List[Json]]:
+    def _request(self, exchange: Exchange, stream: bool) -> Iterator[Batch]:
         """One request -> batches of its answer, or ProxyError."""
         response, read = self.ask(exchange, stream), self.reader()
         with connection_errors(exchange, self.NAME), contextlib.closing(response):
@@ -3776,12 +4009,12 @@ class Upstream:
                 return
             value = parse_upstream(response.read())
             value = value if isinstance(value, list) and stream else [value]
-            yield read(self._checked(value, exchange)) + read(None)
+            yield read(self._checked(value, exchange)) + read(None), True
             if stream:
                 self._disable_streaming(self.NO_STREAM_SECONDS, "the upstream does not stream")
 
     def _streamed(self, response: Response, exchange: Exchange,
-                  read: Callable[[Optional[List[Json]]], List[Json]]) -> Iterator[List[Json]]:
+                  read: Callable[[Optional[List[Json]]], List[Json]]) -> Iterator[Batch]:
         """The batches of a stream; one that has finished may stay open, or break."""
         finished = response.is_framed and not self.NAMES_ITS_END
         try:
@@ -3792,14 +4025,14 @@ class Upstream:
                     response.end_within(self.LAST_SECONDS)
                 elif response.has_deadline and has_parts(batch):  # it was not its end
                     response.end_within(0)
-                yield batch
+                yield batch, response.at_end
             if not finished:  # only the closed connection said that this was the end
                 raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
             if isinstance(exc, (ValueError, RecursionError)) or not response.has_deadline:
                 self._note_broken_stream(exchange)
                 raise
-        yield read(None)
+        yield read(None), True
         self._broken_streams = 0
 
     def streaming_unsupported(self, status: int) -> bool:
@@ -3869,7 +4102,7 @@ class Upstream:
     def get_json(self, path: str, client_key: str = "",
                  headers: Mapping[str, str] = MappingProxyType({})) -> Any:
         """GET something small. Raises ProxyError."""
-        exchange = Exchange({}, [""], client_key=client_key)
+        exchange = Exchange({}, [Route("gemini", "")], client_key=client_key)
         try:
             with connection_errors(exchange, self.NAME), contextlib.closing(
                     self.send(exchange, path, None, self.COUNT_SECONDS, headers)) as response:
@@ -3909,6 +4142,7 @@ class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
     TAKES_CLIENT_KEYS = True
+    LIST_PAGES = 10  # of 1,000 models, the largest that there are
 
     def __init__(self, config: Config, opener: Any) -> None:
         super().__init__(config, opener, config.base("gemini"), config.keys)
@@ -3944,7 +4178,7 @@ class Gemini(Upstream):
         if "aiplatform" in self.base:
             body = {k: body[k] for k in ("contents", "systemInstruction", "tools") if k in body}
         else:
-            body = {"generateContentRequest": dict(body, model="models/" + exchange.model)}
+            body = {"generateContentRequest": dict(body, model="models/" + exchange.route.model)}
         deadline = time.monotonic() + self.COUNT_SECONDS
         if not self._counting.acquire(timeout=self.COUNT_SECONDS):
             return None
@@ -3962,14 +4196,22 @@ class Gemini(Upstream):
         return tokens if isinstance(tokens, int) else None
 
     def list_models(self, client_key: str = "") -> Dict[str, Json]:
-        """Source: https://ai.google.dev/api/models (read 2026-11-20); 1000 is its largest page."""
-        page = self.get_json("models?pageSize=1000", client_key)
-        return {str(model.get("name")).rpartition("/")[2]: model
-                for model in _dicts(page.get("models") if isinstance(page, dict) else ())
-                if "generateContent" in _list(model, "supportedGenerationMethods")}
+        """Source: https://ai.google.dev/api/models (read 2026-11-20)."""
+        found: Dict[str, Json] = {}
+        token = ""
+        for _ in range(self.LIST_PAGES):
+            page = self.get_json("models?pageSize=1000" + token, client_key)
+            page = page if isinstance(page, dict) else {}
+            found.update((str(model.get("name")).rpartition("/")[2], model)
+                         for model in _dicts(page.get("models"))
+                         if "generateContent" in _list(model, "supportedGenerationMethods"))
+            if not page.get("nextPageToken"):
+                break
+            token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
+        return found
 
     def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Response:
-        model = urllib.parse.quote(exchange.model, safe="/@")
+        model = urllib.parse.quote(exchange.route.model, safe="/@")
         path = model if "/" in model else "models/" + model
         if "aiplatform" in self.base:
             body = without_invocations(body)
@@ -4109,7 +4351,7 @@ class Anthropic(Upstream):
     KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
             "anthropic-dangerous-direct-browser-access")
 
-    def attempt(self, exchange: Exchange) -> Iterator[List[Json]]:
+    def attempt(self, exchange: Exchange) -> Iterator[Batch]:
         raise ProxyError(404, "model: %s passes through as it is, so it cannot stand in for another"
                          % exchange.model)
 
@@ -4150,13 +4392,12 @@ class Upstreams:
             else:
                 self.members[name] = OpenAI(name, config, opener)
 
-    def of(self, model: str) -> Any:
-        """The upstream of a full model name."""
-        name = split_name(model)[0]
-        if name not in self.members:
+    def of(self, route: Route) -> Any:
+        """The upstream of a route."""
+        if route.upstream not in self.members:
             raise ProxyError(404, "model: %s needs an upstream that is not configured (%s)"
-                             % (model, name))
-        return self.members[name]
+                             % (route.name, route.upstream))
+        return self.members[route.upstream]
 
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
         """All models by full name, Gemini's first; None if no upstream says."""
@@ -4172,6 +4413,10 @@ class Upstreams:
         return [dict(state, upstream=name) for name, member in self.members.items()
                 if member.key_list for state in member.keys.states()]
 
+    def close_expired(self) -> None:
+        """Close the connections that a server would close soon itself."""
+        self._pool.close_idle(self._pool.IDLE_SECONDS)
+
     def close(self) -> None:
         self._pool.close_idle()
 
@@ -4179,20 +4424,20 @@ class Upstreams:
 # ---- 13. Delivery (I/O) ---------------------------------------------------------------------
 
 def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
-            feed: Callable[[List[Json]], None]) -> None:
+            feed: Callable[[List[Json], bool], None]) -> None:
     """Ask until there is an answer, and give each batch of its chunks to `feed`.
 
     What fails is asked for again, changed where the error tells how, with another key, or of the
     next model of FALLBACK_MODELS; and so is an empty answer. A stream that breaks is asked for
     again only while the client has seen nothing of it.
     """
-    max_retries, first_error = upstreams.max_retries, None
+    max_retries, first_error = upstreams.max_retries, None  # a copy: see ProxyError.copy
     while True:
-        upstream = upstreams.of(exchange.model)
+        upstream = upstreams.of(exchange.route)
         try:
-            for batch in upstream.attempt(exchange):
+            for batch, is_last in upstream.attempt(exchange):
                 emitter.adopt(exchange.translation)
-                feed(batch)
+                feed(batch, is_last)
             if not emitter.is_empty or exchange.failures >= max_retries:
                 return
             LOG.info("%s: empty or malformed (%s)", exchange.model, emitter.finish_reason)
@@ -4202,10 +4447,10 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
                 raise
             LOG.info("%s: %s", exchange.model, error.message)
             if not upstream.prepare_retry(error, exchange):
-                first_error = first_error or error
-                if error.status not in (402, 404, 429, 529) or not exchange.next_model():
+                first_error = first_error or error.copy()
+                if error.status not in (402, 404, 429, 529) or not exchange.next_route():
                     # what a fallback says of its own configuration would only mislead
-                    raise first_error if error.status in (401, 403, 404) else error
+                    raise first_error.copy() if error.status in (401, 403, 404) else error
                 LOG.warning("falling back to %s", exchange.model)
         exchange.retries += 1
         emitter.again()
@@ -4226,22 +4471,21 @@ class EventStream:
         self._write, self._head, self._emitter = write, head, emitter
         self._ping_seconds, self._chunked = ping_seconds, chunked
         self.committed = False         # the head has been sent
-        self._held, self._may_hold = b"", True
+        self._held = b""               # frames for the next write
         self.first_event_at = 0.0
         self._closed = False
         self._last_write = self._last_event = time.monotonic()
 
-    def feed(self, chunks: List[Json]) -> None:
-        """Send what chunks that arrived together add, in one write. Those with a finishReason are
-        held for the end, which follows at once, or for the next beat."""
+    def feed(self, chunks: List[Json], is_last: bool = False) -> None:
+        """Send what chunks that arrived together add, in one write. The last ones are held for the
+        end of the stream, which follows at once."""
         with self._lock:
-            self._may_hold = self._may_hold and not self._held  # what was held was no end
             frames = frames_of(self._emitter.feed(chunks))
             if frames:
                 self._last_event = time.monotonic()
                 self.first_event_at = self.first_event_at or self._last_event
                 self._held += frames
-            if self._held and not (self._may_hold and has_finish(chunks)):
+            if self._held and not is_last:
                 self._send(b"")
 
     def finish(self) -> None:
@@ -4262,17 +4506,16 @@ class EventStream:
 
     def ping_if_idle(self, now: float) -> None:
         """Ping if the client has heard nothing for a while. Never waits: others are due, too."""
-        quiet = now - self._last_write >= self._ping_seconds
-        if not (quiet or self._held) or not self._lock.acquire(blocking=False):
+        if now - self._last_write < self._ping_seconds or not self._lock.acquire(blocking=False):
             return
         try:
             if self._closed:
                 return
             frames = b""
-            if quiet and now - self._last_event >= self.THINKING_SECONDS:
+            if now - self._last_event >= self.THINKING_SECONDS:
                 frames = frames_of(self._emitter.keep_alive())
                 self._last_event = now
-            self._send(frames + (PING if quiet else b""))
+            self._send(frames + PING)
         finally:
             self._lock.release()
 
@@ -4290,10 +4533,11 @@ class EventStream:
 
 
 class Heartbeat:
-    """One thread for all answers under way: pings quiet streams, and sees who has left."""
+    """One thread for all answers in progress: pings quiet streams, sees who has left, and calls
+    `tidy` now and then."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float, tidy: Callable[[], None] = lambda: None) -> None:
+        self._seconds, self._tidy = seconds, tidy
         self._lock = threading.Lock()  # protects _watched
         self._watched: Dict[Exchange, Tuple[socket.socket, Optional[EventStream]]] = {}
         self._stopped = threading.Event()
@@ -4316,7 +4560,7 @@ class Heartbeat:
                 stream.close()
 
     def exchanges(self) -> List[Exchange]:
-        """What is under way."""
+        """Those in progress."""
         with self._lock:
             return list(self._watched)
 
@@ -4327,6 +4571,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._seconds):
+            self._tidy()
             with self._lock:
                 watched = list(self._watched.items())
             now = time.monotonic()
@@ -4358,7 +4603,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.tokens = TokenCounts()
         self.traffic = Traffic()
         self.upstream = Upstreams(config, upstream)
-        self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2))
+        self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2), self.upstream.close_expired)
         self.started = time.time()
         self.draining = False
         self._active_lock = threading.Lock()  # protects the three below
@@ -4456,6 +4701,11 @@ class DeadlineReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._deadline = 0.0
+        self._unread = b""
+
+    def unread(self, data: bytes) -> None:
+        """Give back what was read too far: it is read again, first."""
+        self._unread = data
 
     def allow(self, seconds: float) -> None:
         self._deadline = time.monotonic() + seconds
@@ -4464,6 +4714,10 @@ class DeadlineReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        if self._unread:
+            count = min(len(buffer), len(self._unread))
+            buffer[:count], self._unread = self._unread[:count], self._unread[count:]
+            return count
         usual = self._sock.gettimeout()
         self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
         try:
@@ -4607,21 +4861,21 @@ class HTTPHandler(BaseHTTPRequestHandler):
         return body
 
     def read_chunked(self, limit: int) -> bytes:
-        """A chunked body; what stands behind it has been read, too, so the connection closes."""
-        self.close_connection = True
-        body = bytearray()
+        """A chunked body; HTTP/1.0 knows none, so such a connection is closed after it."""
+        self.close_connection |= self.request_version == "HTTP/1.0"
+        decoder, body = ChunkedDecoder(limit), bytearray()
         try:
-            for piece in unchunked(lambda: self.rfile.read1(65536), limit):
-                body += piece
-                if len(body) > limit:
-                    raise ValueError("a body above the limit")
+            while not decoder.ended:
+                data = self.rfile.read1(65536)
+                if not data:
+                    raise invalid("Transfer-Encoding: the body ends too early.")
+                body += decoder.feed(data)
         except ValueError:
             raise ProxyError(413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)."
                              % limit) from None
-        except http.client.IncompleteRead:
-            raise invalid("Transfer-Encoding: the body ends too early.") from None
         except http.client.HTTPException as exc:
             raise invalid("Transfer-Encoding: %s" % exc) from None
+        self.reader.unread(decoder.rest)
         return bytes(body)
 
     def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
@@ -4747,7 +5001,7 @@ class ProxyHandler(HTTPHandler):
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
         server.metrics.add(*(("signatures_total", count, (("kind", kind),))
-                             for kind, count in exchange.translation.signatures.items()))
+                             for kind, count in exchange.translation.history.signatures.items()))
         if server.config.debug:
             LOG.debug("%s client: %s", self.request_id, redacted_body(request))
             LOG.debug("%s upstream: %s", self.request_id, redacted_body(exchange.translation.body))
@@ -4771,23 +5025,18 @@ class ProxyHandler(HTTPHandler):
             self.log_exchange(exchange, emitter, status, problem)
 
     def make_exchange(self, request: Json, size: int) -> Tuple[Exchange, int]:
-        """A request on its way, and an estimate of its tokens; if long, for LONG_CONTEXT_MODEL."""
+        """A request on its way, and an estimate of its tokens."""
         server, config = self.server, self.server.config
-        translate = functools.partial(translated, request, config, server.signatures.get,
-                                      server.declarations.declare)
+        translate = functools.partial(translated, request, config, lookup=server.signatures.get,
+                                      declare=server.declarations.declare)
         live = bool(request.get("stream")) and config.stream_mode == "live"
-        models = [resolve_model(request["model"], config)]
-        models += [qualified_name(name, config) for name in config.fallback_models]
-        if models[0] == "openai/default":  # the first one that the server lists
-            listed = server.upstream.of(models[0]).models() or {"default": {}}
-            models[0] = "openai/" + next(iter(listed))
-        exchange = Exchange(request, models, translate, live, self.client_key())
-        estimate = server.tokens.estimate(size, exchange.translation)
-        if (config.long_context_model and estimate >= config.long_context_tokens
-                and not explicit_target(request["model"], config)):
-            models[0] = qualified_name(config.long_context_model, config)
-            exchange = Exchange(request, models, translate, live, self.client_key())
-        return exchange, estimate
+        routes = [resolve_model(request["model"], config)]
+        routes += [route_to(name, config) for name in config.fallback_models]
+        if routes[0] == Route("openai", "default"):  # the first one that the server lists
+            listed = server.upstream.of(routes[0]).models() or {"default": {}}
+            routes[0] = Route("openai", next(iter(listed)))
+        exchange = Exchange(request, routes, translate, live, self.client_key())
+        return exchange, server.tokens.estimate(size, exchange.translation)
 
     def check_budget(self, exchange: Exchange) -> None:
         """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
@@ -4800,8 +5049,9 @@ class ProxyHandler(HTTPHandler):
                              % (spent, config.budget_usd), should_retry=False)
         # OpenRouter says what an answer has cost
         reports_cost = config.base("openrouter") == OPENROUTER_BASE
-        unknown = [model for model in exchange.models if not price_of(model, config, today())
-                   and not (reports_cost and model.startswith("openrouter/"))]
+        unknown = [route.name for route in exchange.routes
+                   if not price_of(route, config, today())
+                   and not (reports_cost and route.upstream == "openrouter")]
         if unknown:
             raise ProxyError(402, "BUDGET_USD is set, but the price of %s is not known: set PRICES."
                              % ", ".join(unknown), should_retry=False)
@@ -4822,24 +5072,17 @@ class ProxyHandler(HTTPHandler):
         events: List[Json] = emitter.start()
         with self.server.heartbeat.watching(exchange, self.connection):
             deliver(self.server.upstream, exchange, emitter,
-                    lambda batch: events.extend(emitter.feed(batch)))
+                    lambda batch, is_last: events.extend(emitter.feed(batch)))
         return message_from_events(events + emitter.finish())
 
     def log_exchange(self, exchange: Exchange, emitter: MessageEmitter, status: int,
                      problem: str) -> None:
         """One line for each request, and the counters."""
-        server, usage, started = self.server, sane_counts(emitter.usage), exchange.started
-        first = self.stream.first_event_at if self.stream else 0.0
-        costs = [cost_of(each, exchange.model, server.config, today())
-                 for each in emitter.spent + [emitter.usage] if each]
-        cost = None if None in costs or not costs else sum(costs)
-        shown = "$%.4f" % cost if cost is not None else "no price" if costs else "no cost"
-        fields = {"request_id": self.request_id, "requested": exchange.request["model"][:100],
-                  "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
-                  "first_ms": round((first - started) * 1000) if first else None,
-                  "total_ms": round((time.monotonic() - started) * 1000),
-                  "retries": exchange.retries, "key": exchange.key_number + 1, "cost": cost}
-        fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
+        server, usage = self.server, sane_counts(emitter.usage)
+        fields = self.log_fields(exchange, emitter, status)
+        cost = fields["cost"]
+        shown = ("$%.4f" % cost if cost is not None
+                 else "no price" if emitter.usage or emitter.spent else "no cost")
         LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
                 "%(request_id)s %(requested)s -> %(model)s %(status)s %(finish)s, tokens in "
                 "%(input)s (cached %(cached)s) out %(output)s (thoughts %(thought)s), %(cost)s, "
@@ -4847,7 +5090,7 @@ class ProxyHandler(HTTPHandler):
                 "%(key)s%(why)s", dict(fields, cost=shown, first_ms=fields["first_ms"] or "-",
                                        why=": " + problem if problem else ""),
                 extra={"fields": dict(fields, error=problem) if problem else fields})
-        server.traffic.add(fields, self.headers.get("x-claude-code-session-id", "")[:100])
+        server.traffic.add(fields)
         self.logged = True
         if usage.get("promptTokenCount"):
             server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
@@ -4859,6 +5102,21 @@ class ProxyHandler(HTTPHandler):
                    for name, kind in TOKEN_KINDS if name in usage]
         server.metrics.add(*counts)
 
+    def log_fields(self, exchange: Exchange, emitter: MessageEmitter, status: int) -> Json:
+        """What the log, the page and the counters say of an answer."""
+        usage, started = sane_counts(emitter.usage), exchange.started
+        first = self.stream.first_event_at if self.stream else 0.0
+        costs = [cost_of(each, exchange.route, self.server.config, today())
+                 for each in emitter.spent + [emitter.usage] if each]
+        fields = {"request_id": self.request_id, "requested": exchange.request["model"][:100],
+                  "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
+                  "first_ms": round((first - started) * 1000) if first else None,
+                  "total_ms": round((time.monotonic() - started) * 1000),
+                  "retries": exchange.retries, "key": exchange.key_number + 1,
+                  "cost": None if None in costs or not costs else sum(costs)}
+        fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
+        return fields
+
     def forward_to_anthropic(self, request: Any, body: bytes) -> bool:
         """Hand a request for one of Anthropic's own models on as it is, with its answer, byte for
         byte; only `anthropic/` before the model's name goes."""
@@ -4867,18 +5125,17 @@ class ProxyHandler(HTTPHandler):
         if ("anthropic" not in server.upstream.members or not isinstance(requested, str)
                 or not requested.isprintable()):
             return False
-        name = resolve_model(requested, config)
-        upstream, model = split_name(name)
-        if upstream != "anthropic":
+        route = resolve_model(requested, config)
+        if route.upstream != "anthropic":
             return False
         if config.budget_usd and "count_tokens" not in self.path:
             raise ProxyError(402, "BUDGET_USD cannot be kept for %s: it passes through uncounted."
-                             % name, should_retry=False)
-        exchange = Exchange(request, [name])
-        if model != requested or b"gemini-" in body:
-            body = dump_json(dict(without_own_thoughts(request), model=model))
+                             % route.name, should_retry=False)
+        exchange = Exchange(request, [route])
+        if route.model != requested or b"gemini-" in body:
+            body = dump_json(dict(without_own_thoughts(request), model=route.model))
         with server.heartbeat.watching(exchange, self.connection), contextlib.closing(
-                server.upstream.of(name).forward(exchange, self.path, body,
+                server.upstream.of(route).forward(exchange, self.path, body,
                                                  self.headers)) as response:
             try:
                 self.relay(response)
@@ -4886,7 +5143,7 @@ class ProxyHandler(HTTPHandler):
                 raise ConnectionAbortedError("the answer was cut") from exc
         total = round((time.monotonic() - exchange.started) * 1000)
         LOG.info("%s %s -> %s %d, passed through, total %d ms", self.request_id, requested[:100],
-                 name, response.status, total)
+                 route.name, response.status, total)
         server.traffic.add({"status": response.status, "requested": requested[:100],
                             "total_ms": total})
         return True
@@ -4926,30 +5183,18 @@ class ProxyHandler(HTTPHandler):
         tokens = server.tokens.known.get(key)
         if tokens is None:
             with server.heartbeat.watching(exchange, self.connection):
-                tokens = server.upstream.of(exchange.model).count(exchange)
+                tokens = server.upstream.of(exchange.route).count(exchange)
             if tokens is not None:
                 server.tokens.known.put(key, tokens)
                 server.tokens.learn(estimate, tokens)
         self.respond_json({"input_tokens": estimate if tokens is None else tokens})
 
-    def query(self, name: str, default: str = "") -> str:
-        values = urllib.parse.parse_qs(self.path.partition("?")[2])
-        return values.get(name, [default])[0]
-
     def handle_models(self, path: str) -> None:
-        """GET /v1/models, with limit, after_id and before_id"""
+        """GET /v1/models: all models in one page"""
         listed = model_list(self.server.upstream.models(self.client_key()))
         ids = [model["id"] for model in listed]
-        after, before, limit = self.query("after_id"), self.query("before_id"), self.query(
-            "limit", "20")
-        if not re.match(r"\d{1,4}$", limit) or not 1 <= int(limit) <= 1000:
-            raise invalid("limit: must be a number from 1 to 1000")
-        start = ids.index(after) + 1 if after in ids else 0
-        end = ids.index(before) if before in ids else len(ids)
-        page = listed[start:end][-int(limit):] if before else listed[start:end][:int(limit)]
-        self.respond_json({"data": page, "first_id": page[0]["id"] if page else None,
-                           "last_id": page[-1]["id"] if page else None,
-                           "has_more": len(page) < end - start})
+        self.respond_json({"data": listed, "first_id": ids[0], "last_id": ids[-1],
+                           "has_more": False})
 
     def handle_model(self, path: str) -> None:
         """GET /v1/models/{id}: a listed model, or a name of Claude's, which is always answered"""
@@ -4977,8 +5222,7 @@ class ProxyHandler(HTTPHandler):
                      content_type="text/plain; version=0.0.4")
 
     def handle_status(self, path: str) -> None:
-        """GET /: a page for browsers, and what it shows as JSON, for people and scripts; no secret
-        in it. `?session=` adds the sums of one session of Claude Code's."""
+        """GET /: a page for browsers, and what it shows as JSON; no secret is in it."""
         if "text/html" in self.headers.get("accept", ""):
             self.respond(200, PAGE.encode(), PAGE_HEADERS, "text/html; charset=utf-8")
             return
@@ -4991,26 +5235,26 @@ class ProxyHandler(HTTPHandler):
                          if not row.metadata["secret"]},
             "uptime_seconds": round(time.time() - server.started),
             "keys": server.upstream.key_states(),
-            "models": {tier: resolve_model("claude-" + tier, config) for tier in TIERS},
+            "models": {tier: resolve_model("claude-" + tier, config).name for tier in TIERS},
             "signatures": {"entries": entries, "bytes": size},
             "live": [{"requested": exchange.request["model"][:100], "model": exchange.model,
                       "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
                      for exchange in server.heartbeat.exchanges()],
             "spent_usd": server.traffic.spent,
-            "session": server.traffic.session(self.query("session")[:100]),
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
                          for (name, labels), value in sorted(server.metrics.snapshot().items())}})
 
     def handle_test_connection(self, path: str) -> None:
         """GET /test-connection: one small real answer"""
-        model = resolve_model("claude-haiku", self.server.config)
-        request = {"model": model, "max_tokens": 16,
+        route = resolve_model("claude-haiku", self.server.config)
+        request = {"model": route.name, "max_tokens": 16,
                    "messages": [{"role": "user", "content": "Say ok."}]}
         translate = functools.partial(translated, request, self.server.config)
-        exchange = Exchange(request, [model], translate, client_key=self.client_key())
-        emitter = MessageEmitter(model, new_id, lambda key, signature: None, exchange.translation)
+        exchange = Exchange(request, [route], translate, client_key=self.client_key())
+        emitter = MessageEmitter(route.name, new_id, lambda key, signature: None,
+                                 exchange.translation)
         message = self.whole_answer(exchange, emitter)
-        self.respond_json({"status": "ok", "model": model,
+        self.respond_json({"status": "ok", "model": route.name,
                            "milliseconds": round((time.monotonic() - exchange.started) * 1000),
                            "answer": "".join(b.get("text", "") for b in message["content"])[:100]})
 
@@ -5218,13 +5462,15 @@ setInterval(refresh, 3000);
 # ---- 17. Program (I/O) ----------------------------------------------------------------------
 
 class DemoModel(Upstream):
-    """An offline stand-in for Gemini: answers in text, and runs a command that one asks for."""
+    """An offline model in Gemini's place: answers in text, and runs a command that one asks for. It
+    signs its calls, and refuses a history in which a signature has not come back on its call."""
 
     def __init__(self) -> None:
         super().__init__(Config(), None, "", ())
 
-    def attempt(self, exchange: Exchange) -> Iterator[List[Json]]:
+    def attempt(self, exchange: Exchange) -> Iterator[Batch]:
         body = exchange.translation.body
+        self._check_signatures(body["contents"])
         last = body["contents"][-1]["parts"]
         text = next((part["text"] for part in reversed(last) if part.get("text")
                      and not part["text"].startswith("<system-reminder>")), "")
@@ -5235,7 +5481,7 @@ class DemoModel(Upstream):
             parts = [{"text": "The command answered:\n\n%s" % output}]
         elif call:
             parts = [{"functionCall": dict(call, id=new_id("call_")),
-                      "thoughtSignature": "ZGVtbw=="}]
+                      "thoughtSignature": self._signature(call)}]
         else:
             parts = [{"text": "This is the built-in demo model of claude_gemini_proxy: "},
                      {"text": "no key, no network. You said: %s" % text[:200]}]
@@ -5246,7 +5492,19 @@ class DemoModel(Upstream):
         for part in parts:
             finish = {"finishReason": "STOP"} if part is parts[-1] else {}
             yield [{"candidates": [dict(finish, content={"parts": [part]})],
-                    "usageMetadata": usage}]
+                    "usageMetadata": usage}], bool(finish)
+
+    def _signature(self, call: Json) -> str:
+        digest = hashlib.sha256(json.dumps([call["name"], call["args"]]).encode()).digest()
+        return base64.b64encode(digest).decode("ascii")
+
+    def _check_signatures(self, contents: Sequence[Json]) -> None:
+        for content in contents:
+            for part in content["parts"]:
+                known = ("functionCall" not in part or part.get("thoughtSignature") in (
+                    None, DUMMY_SIGNATURE, self._signature(part["functionCall"])))
+                if not known:
+                    raise ProxyError(400, "Invalid thought signature.")
 
     def _call(self, body: Json, text: str) -> Optional[Json]:
         """A call of the first function that takes a command, or of any if one is demanded."""
@@ -5343,54 +5601,17 @@ def export_lines(values: Mapping[str, str], shell: str, unset: Sequence[str] = (
 
 def hints(server: ProxyServer) -> List[str]:
     """What would make the proxy safer or more useful, each with the way to it."""
-    config, models = server.config, [resolve_model("claude-" + tier, server.config)
+    config, routes = server.config, [resolve_model("claude-" + tier, server.config)
                                      for tier in TIERS]
     found = ["%s shows what is going on; `env` prints what clients need" % server.url]
     if len(config.keys) == 1 and not config.fallback_models:
         found.append("a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions going "
                      "when a quota is used up")
-    unpriced = sorted({model for model in models if split_name(model)[0] == "gemini"
-                       and not price_of(model, config, today())})
+    unpriced = sorted({route.name for route in routes if route.upstream == "gemini"
+                       and not price_of(route, config, today())})
     if unpriced:
         found.append("no price is known for %s, so no cost is shown: PRICES" % ", ".join(unpriced))
     return found
-
-
-def print_status_line(port: str) -> int:
-    """Claude Code's status line: its JSON on stdin -> model, tokens and cost of the session.
-
-    Source: https://code.claude.com/docs/en/statusline (read 2026-11-21).
-    """
-    try:
-        given = dict(json.load(sys.stdin))
-    except (TypeError, ValueError):
-        given = {}
-    url = "%s/?session=%s" % (os.environ.get("ANTHROPIC_BASE_URL") or "http://127.0.0.1:" + port,
-                              urllib.parse.quote(str(given.get("session_id")), safe=""))
-    token = next(filter(None, map(os.environ.get, (
-        "ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY", "PROXY_AUTH_TOKEN"))), "")
-    opener = urllib.request.OpenerDirector()  # no proxies, no redirects: they would get the token
-    for handler in (urllib.request.HTTPHandler(), urllib.request.HTTPSHandler(),
-                    urllib.request.HTTPErrorProcessor(), urllib.request.HTTPDefaultErrorHandler()):
-        opener.add_handler(handler)
-    try:
-        with opener.open(urllib.request.Request(url, headers={"x-api-key": token}), timeout=2) as r:
-            line = status_line(json.load(r)["session"])
-    except (OSError, ValueError, TypeError, LookupError, http.client.HTTPException):
-        model = given.get("model")
-        line = str(model.get("display_name")) if isinstance(model, dict) else "claude_gemini_proxy"
-    sys.stdout.buffer.write(line.encode() + b"\n")
-    return 0
-
-
-def status_line(session: Json) -> str:
-    """The sums of a session as one line."""
-    def short(n: int) -> str:
-        return "%.1fk" % (n / 1000) if n >= 1000 else str(n)
-    tokens = "%s in (%s cached), %s out" % (short(session["input"]), short(session["cached"]),
-                                            short(session["output"] + session["thought"]))
-    return " · ".join([str(session["model"]), tokens]
-                      + (["$%.3f" % session["cost"]] if session["cost"] else []))
 
 
 def tune_memory() -> None:
@@ -5407,8 +5628,8 @@ GRACE_SECONDS = 30.0
 def serve(server: ProxyServer, demo: bool) -> int:
     """Serve until SIGTERM or Ctrl-C, then finish what is under way; a second one ends at once."""
     config = server.config
-    model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config),
-                                                        resolve_model("claude-haiku", config))
+    model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config).name,
+                                                        resolve_model("claude-haiku", config).name)
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -5441,7 +5662,7 @@ def serve(server: ProxyServer, demo: bool) -> int:
 def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     """Serve in this process while a client runs in an environment for it; -> its exit status."""
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    name = resolve_model("claude-opus", server.config)
+    name = resolve_model("claude-opus", server.config).name
     values = client_environment(server.url, server.config.proxy_auth_token, os.environ, name,
                                 (server.upstream.models() or {}).get(name, {}))
     environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
@@ -5473,10 +5694,10 @@ def check_setup(server: ProxyServer) -> int:
         failed += bool(problem)
         print("%s %s%s" % ("FAIL" if problem else "ok  ", name, ": " + problem if problem else ""))
 
-    tiers = {tier: resolve_model("claude-" + tier, config) for tier in TIERS}
+    tiers = {tier: resolve_model("claude-" + tier, config).name for tier in TIERS}
     step("the upstream is reached and takes the key", lambda: check_reach(server))
     listed = server.upstream.models()
-    wanted = {*tiers.values(), *(qualified_name(name, config) for name in config.fallback_models)}
+    wanted = {*tiers.values(), *(route_to(name, config).name for name in config.fallback_models)}
     for model in sorted(wanted - {"openai/default"}) if listed is not None else ():
         step("%s is offered to this key" % model, lambda: "" if model in listed else
              "it is not; see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, FALLBACK_MODELS")
@@ -5575,7 +5796,7 @@ def command_config(command: str, flags: Dict[str, Any]) -> Config:
     if flags["demo"]:
         config = dataclasses.replace(
             config, upstream="gemini", openrouter_api_key="", openai_api_key="", openai_api_base="",
-            anthropic_api_key="", big_model="", fallback_models=(), long_context_model="")
+            anthropic_api_key="", big_model="", fallback_models=())
     bare = dataclasses.replace(config, upstream="", client_keys=False)
     has_key = bare.upstreams != ("gemini",) or config.keys or config.gemini_token_command
     needs_key = command != "env" and not (config.client_keys and command == "serve")
@@ -5597,7 +5818,7 @@ def print_environment(config: Config, shell: str) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     own = os.environ.get("ANTHROPIC_AUTH_TOKEN", "") if config.client_keys else ""
     values = client_environment(local_url(host, config.port), config.proxy_auth_token or own
-                                or "local", os.environ, resolve_model("claude-opus", config))
+                                or "local", os.environ, resolve_model("claude-opus", config).name)
     print(export_lines(values, shell, [name for name in ("ANTHROPIC_API_KEY",)
                                        if os.environ.get(name)]))
     return 0
@@ -5608,8 +5829,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("claude_gemini_proxy needs Python 3.8 or newer", file=sys.stderr)
         return 2
     command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
-    if command == "statusline":
-        return print_status_line(flags["port"] or os.environ.get("PORT") or "8318")
     try:
         config = command_config(command, flags)
         if command == "env":

@@ -1021,11 +1021,11 @@ class Requests(unittest.TestCase):
                                ("claude-haiku-4-5-20251001", "gemini-3.5-flash-lite"), ("claude-fable-5", "gemini-4-argon"),
                                ("my-own", "gemini-2.5-pro"), ("models/gemini-2.5-flash", "gemini-2.5-flash"), ("gpt-9", "gemini-3.8-flash"),
                                ("claude-gemini-4-argon", "gemini-4-argon"), ("anthropic/gemini-3.6-flash", "gemini-3.6-flash"), ("prefixed", "gemini-2.5-pro")):
-            self.assertEqual(proxy.resolve_model(name, config), expected, name)
-        self.assertEqual(proxy.resolve_model("x", dataclasses.replace(config, anthropic_model="gemini-2.5-pro")), "gemini-2.5-pro")
+            self.assertEqual(proxy.resolve_model(name, config).name, expected, name)
+        self.assertEqual(proxy.resolve_model("x", dataclasses.replace(config, anthropic_model="gemini-2.5-pro")).name, "gemini-2.5-pro")
         for name in ("gemini-x/../../y", "gemini-3?key=1", "gemini-3:generateContent#", "models/gemini-a b"):
             with self.assertRaises(proxy.ProxyError):
-                proxy.to_gemini(request(), proxy.resolve_model(name, config), config)
+                proxy.to_gemini(request(), proxy.resolve_model(name, config).model, config)
 
 
 # ---- 6. Schemas --------------------------------------------------------------------------------------------
@@ -1314,7 +1314,7 @@ class Wire(unittest.TestCase):
             with theirs:
                 theirs.sendall(data)
             kept = []
-            exchange = proxy.Exchange({}, [""])
+            exchange = proxy.Exchange({}, [proxy.Route("gemini", "")])
             connection = types.SimpleNamespace(sock=ours, close=ours.close)
             with contextlib.closing(ours):
                 found = proxy.Response(connection, exchange, kept.append)
@@ -1472,7 +1472,7 @@ class State(unittest.TestCase):
                 ("gemini-3.8-flash-image", "2026-11-21", {}, {}, None), ("llama-4", "2026-11-21", {}, own, 0.1001 + 0.003), ("x", "2026-11-21", {}, own, 0.0601 + 0.003),
                 ("unknown", "2026-11-21", {"cost": 0.5}, {}, 0.5), ("gemini-3.8-flash", "2026-11-21", {"promptTokenCount": "many", "cachedContentTokenCount": None}, {}, 0.75 * 0.0001 + 3.75 * 0.0015)):
             with self.subTest(model):
-                cost = proxy.cost_of(dict(usage, **changes), model, proxy.Config(**settings), day)
+                cost = proxy.cost_of(dict(usage, **changes), proxy.Route("gemini", model), proxy.Config(**settings), day)
                 self.assertAlmostEqual(cost or -1, expected or -1, msg=changes)
         self.assertEqual(proxy.load_config({}, {"PRICES": '{"a": [1, 2, 0.5]}'}).prices, (("a", "", 0, 1.0, 2.0, 0.5),))
         for value in ("x", "x=1", "x=a/b", "x=1/2/3/4", "=1/2", "x=-1/2", '{"x": 5}', '{"x": [1, null]}', "{"):
@@ -2175,12 +2175,12 @@ class OtherUpstreams(unittest.TestCase):
                 ("g", "anthropic/claude-x", "gemini-3.8-flash"), ("g", "openrouter/x/y", "gemini-3.8-flash"), ("gl", "anthropic/claude-x", "gemini-3.8-flash"),
                 ("l", "anthropic/claude-x", "openai/default"), ("gl", "meta/llama", "gemini-3.8-flash"), ("o", "gpt-9", "openai/gpt-9")):
             config = proxy.Config(**dict(pair for letter in have for pair in keys[letter].items()))
-            self.assertEqual(proxy.resolve_model(name, config), expected, (have, name))
+            self.assertEqual(proxy.resolve_model(name, config).name, expected, (have, name))
         config = proxy.Config(gemini_api_key="k", openrouter_api_key="k", upstream="openai", big_model="x/y", small_model="gemini-2.5-flash")
-        self.assertEqual([proxy.resolve_model(n, config) for n in ("claude-opus-5", "haiku", "whatever")], ["openrouter/x/y", "gemini-2.5-flash", "openrouter/x/y"])
+        self.assertEqual([proxy.resolve_model(n, config).name for n in ("claude-opus-5", "haiku", "whatever")], ["openrouter/x/y", "gemini-2.5-flash", "openrouter/x/y"])
         with self.assertRaisesRegex(proxy.ProxyError, "OPENROUTER_API_KEY"):
             proxy.resolve_model("x", proxy.Config(gemini_api_key="k", anthropic_model="openrouter/x/y"))
-        for setting in ({"fallback_models": "gemini-2.5-pro,openai/x"}, {"long_context_model": "anthropic/x"}, {"big_model": "openrouter/x/y"}):
+        for setting in ({"fallback_models": "gemini-2.5-pro,openai/x"}, {"big_model": "openrouter/x/y"}):
             with self.assertRaisesRegex(ValueError, "model: .* needs .*_API_KEY"):
                 proxy.Config(gemini_api_key="k", **setting)
         self.assertEqual([proxy.Config(**k).base(u) for k, u in (({"openrouter_api_key": "k"}, "openrouter"), ({"openai_api_key": "k"}, "openai"), ({"openrouter_api_key": "k", "openai_api_base": "http://x"}, "openrouter"),
@@ -2467,7 +2467,7 @@ class Faults(unittest.TestCase):
                 self.assertEqual((len(r.server.heartbeat.exchanges()), len(r.fake.requests)), (0, 1 if isinstance(script, list) else 2))
 
     def test_a_client_that_leaves_before_upstream_is_connected_stops_nobody_else(self):
-        exchange = proxy.Exchange({}, [""])
+        exchange = proxy.Exchange({}, [proxy.Route("gemini", "")])
         exchange.use(http.client.HTTPConnection("127.0.0.1", 9))  # not connected yet
         exchange.cancel()
         self.assertTrue(exchange.disconnected.is_set())
