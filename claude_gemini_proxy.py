@@ -59,6 +59,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import subprocess
 import sys
 import threading
@@ -3110,6 +3111,7 @@ def message_from_events(events: Iterable[Json]) -> Json:
 
 # ---- 9. Wire formats (pure) -----------------------------------------------------------------
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PING = b'event: ping\ndata: {"type":"ping"}\n\n'
 
 
@@ -3217,6 +3219,10 @@ class SignatureCache:
         self._entries: "OrderedDict[str, Tuple[str, float]]" = OrderedDict()
         self._bytes = 0
 
+    def of(self, client_key: str) -> Any:
+        """The cache for a client with a key of its own (CLIENT_KEYS): nothing in it is shared."""
+        return OwnSignatures(self, short_hash(client_key)) if client_key else self
+
     def get(self, key: str) -> Optional[str]:
         """The signature, whose time begins anew, or None."""
         with self._lock:
@@ -3254,25 +3260,40 @@ class SignatureCache:
             return len(self._entries), self._bytes
 
 
+class OwnSignatures(NamedTuple):
+    """One client's part of a SignatureCache."""
+
+    cache: SignatureCache
+    owner: str
+
+    def get(self, key: str) -> Optional[str]:
+        return self.cache.get("%s %s" % (self.owner, key))
+
+    def put(self, key: str, signature: str) -> None:
+        self.cache.put("%s %s" % (self.owner, key), signature)
+
+
 class LRUCache:
     """A map for all threads that forgets what was used least recently."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._lock = threading.Lock()  # protects the map
-        self._entries: "OrderedDict[Any, Any]" = OrderedDict()
+    def __init__(self, limit: int) -> None:
+        self._left = limit             # what all sizes together may still add up to
+        self._lock = threading.Lock()  # protects the map and what is left
+        self._entries: "OrderedDict[Any, Tuple[Any, int]]" = OrderedDict()
 
     def get(self, key: Any) -> Any:
         with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-            return self._entries.get(key)
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
 
-    def put(self, key: Any, value: Any) -> None:
+    def put(self, key: Any, value: Any, size: int = 1) -> None:
         with self._lock:
-            self._entries[key] = value
-            if len(self._entries) > self._size:
-                self._entries.popitem(last=False)
+            self._left += self._entries.pop(key, (None, 0))[1] - size
+            self._entries[key] = (value, size)
+            while self._left < 0:
+                self._left += self._entries.popitem(last=False)[1][1]
 
 
 class Declared(dict):
@@ -3284,8 +3305,10 @@ class Declared(dict):
 class DeclarationCache:
     """What `declaration` made of the tools seen last: a session sends the same ones each time."""
 
+    LIMIT_BYTES = 32 << 20
+
     def __init__(self) -> None:
-        self._known = LRUCache(2000)
+        self._known = LRUCache(self.LIMIT_BYTES)
 
     def declare(self, tool: Json) -> Declared:
         key = marshalled(tool)
@@ -3293,7 +3316,8 @@ class DeclarationCache:
         if declared is None:
             declared = Declared(declaration(tool))
             declared.json = dump_json(declared)
-            self._known.put(key, declared)
+            # the key, its JSON, and the objects: about eight times the JSON
+            self._known.put(key, declared, len(key) + 9 * len(declared.json))
         return declared
 
 
@@ -3323,15 +3347,19 @@ class TokenCounts:
         return max(1, round(rough * self._true / self._estimated))
 
     def learn(self, estimated: int, true: int) -> None:
-        """Older counts fade: a session is more like its last request than like any other."""
+        """Older counts fade: a session is more like its last request than like any other. Counts
+        that cannot be true are passed over."""
         with self._lock:
-            factor = self._true / self._estimated
-            self._estimated = 0.8 * self._estimated + max(1.0, estimated / factor)
-            self._true = 0.8 * self._true + max(1.0, true)
+            rough = max(1.0, estimated * self._estimated / self._true)
+            if rough / 50 < true < rough * 50:
+                self._estimated = 0.8 * self._estimated + rough
+                self._true = 0.8 * self._true + true
 
 
 class KeyRing:
     """An upstream's keys in turn; one that failed cools down, for the model that it failed on."""
+
+    LIMIT = 1000  # cool-downs that are remembered
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._keys, self._clock = tuple(keys), clock
@@ -3344,8 +3372,7 @@ class KeyRing:
         with self._lock:
             now = self._clock()
             order = [(self._next + i) % len(self._keys) for i in range(len(self._keys))]
-            ready = [n for n in order if self._cooling.get((n, model), 0) <= now]
-            number = ready[0] if ready else min(order, key=lambda n: self._cooling[n, model])
+            number = min(order, key=lambda n: max(now, self._cooling.get((n, model), 0)))
             self._next = (number + 1) % len(self._keys)
             return number
 
@@ -3356,7 +3383,11 @@ class KeyRing:
         """Leave a key alone for a while; returns whether another one is ready for the model."""
         with self._lock:
             now = self._clock()
-            self._cooling[number, model] = now + seconds
+            if len(self._cooling) >= self.LIMIT:  # clients choose the names of models
+                self._cooling = {place: until for place, until in self._cooling.items()
+                                 if until > now}
+            if len(self._cooling) < self.LIMIT:
+                self._cooling[number, model] = now + seconds
             return any(self._cooling.get((n, model), 0) <= now for n in range(len(self._keys)))
 
     def states(self) -> List[Json]:
@@ -3372,14 +3403,18 @@ class KeyRing:
 class Metrics:
     """Counters by name and labels."""
 
+    LIMIT = 2000  # of them; clients choose the names of models
+
     def __init__(self) -> None:
         self._lock = threading.Lock()  # protects the counter
         self._values: Counter = Counter()
 
     def add(self, *counts: Tuple[str, float, Tuple[Tuple[str, str], ...]]) -> None:
-        """Count (name, amount, ((label, value), ...)) each."""
+        """Count (name, amount, ((label, value), ...)) each; with too many, new ones as `other`."""
         with self._lock:
             for name, amount, labels in counts:
+                if len(self._values) >= self.LIMIT and (name, labels) not in self._values:
+                    labels = tuple((label, "other") for label, _ in labels)
                 self._values[name, labels] += amount
 
     def snapshot(self) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
@@ -3400,6 +3435,72 @@ class Metrics:
             shown = ",".join('%s="%s"' % (k, re.sub(r'["\\\n]', "_", v)) for k, v in labels)
             lines.append("proxy_%s%s %.10g" % (name, "{%s}" % shown if shown else "", value))
         return "\n".join(lines) + "\n"
+
+
+class Connections:
+    """The clients' connections, and which of them have to go when there are too many: those that
+    have not shown that they may ask, or wait for their next request, the oldest first."""
+
+    def __init__(self, limit: int, hard_limit: int) -> None:
+        self._limit, self._hard_limit = limit, hard_limit
+        self._lock = threading.Lock()  # protects all below
+        self._all: set = set()
+        self._waiting: "OrderedDict[Any, None]" = OrderedDict()
+        self._over_limit: set = set()
+        self.answers = 0  # requests that are complete and not yet answered
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, connection: socket.socket) -> bool:
+        """Take in a connection; False if there is no room, not even to say so."""
+        with self._lock:
+            if len(self._all) >= self._hard_limit:
+                return False
+            if len(self._all) - len(self._over_limit) >= self._limit:
+                oldest = next(iter(self._waiting), None)
+                if oldest is None:
+                    self._over_limit.add(connection)
+                else:  # its thread wakes up and removes it
+                    del self._waiting[oldest]
+                    self._over_limit.add(oldest)
+                    with contextlib.suppress(OSError):
+                        oldest.shutdown(socket.SHUT_RDWR)
+            self._all.add(connection)
+            if connection not in self._over_limit:
+                self._waiting[connection] = None
+            return True
+
+    def remove(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._all.discard(connection)
+            self._waiting.pop(connection, None)
+            self._over_limit.discard(connection)
+
+    def is_over_limit(self, connection: socket.socket) -> bool:
+        with self._lock:
+            return connection in self._over_limit
+
+    def keep(self, connection: socket.socket) -> None:
+        """Its client may ask: it stays until its request has been answered."""
+        with self._lock:
+            self._waiting.pop(connection, None)
+
+    def wait(self, connection: socket.socket) -> None:
+        """It waits for its next request."""
+        with self._lock:
+            if connection in self._all and connection not in self._over_limit:
+                self._waiting[connection] = None
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        with self._lock:
+            self.answers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.answers -= 1
 
 
 class Traffic:
@@ -3449,8 +3550,44 @@ def minute_sums(records: Sequence[Json]) -> Json:
 
 # ---- 11. HTTP to upstreams (I/O) ------------------------------------------------------------
 
-HEAD_LIMIT = 1 << 16  # bytes of a request's or response's line and headers
-INTERIM_LIMIT = 10    # 1xx responses before the final one
+HEAD_LIMIT = 1 << 16    # bytes of a request's or response's line and headers
+INTERIM_LIMIT = 10      # 1xx responses before the final one
+ANSWER_LIMIT = 1 << 26  # bytes of an upstream's answer, and so of a line in it
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket until a moment, not for a while at a time: who sends a byte a minute must not
+    hold a thread for ever."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._deadline = 0.0
+        self._unread = b""
+
+    def allow(self, seconds: float) -> None:
+        """From now on reading may take so long in all; 0: each read the socket's own timeout."""
+        self._deadline = time.monotonic() + seconds if seconds else 0.0
+
+    def unread(self, data: bytes) -> None:
+        """Give back what was read too far: it is read again, first."""
+        self._unread = data
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self._unread:
+            count = min(len(buffer), len(self._unread))
+            buffer[:count], self._unread = self._unread[:count], self._unread[count:]
+            return count
+        if not self._deadline:
+            return self._sock.recv_into(buffer)
+        usual = self._sock.gettimeout()
+        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
+        try:
+            return self._sock.recv_into(buffer)
+        finally:
+            self._sock.settimeout(usual)
 
 
 def read_head(file: Any) -> List[bytes]:
@@ -3547,10 +3684,12 @@ class Exchange:
                  client_key: str = "") -> None:
         self.request, self.routes = request, list(dict.fromkeys(routes))
         self.stream, self.client_key, self.translate = stream, client_key, translate
+        self.owner = short_hash(client_key) if client_key else ""  # whose caches and connections
         self.retries = 0                # for the log
         self.key_number = 0
         self.started = time.monotonic()
-        self.disconnected = threading.Event()   # the client has left
+        self.deadline = 0.0             # for what must not take long in all: a moment
+        self.disconnected = threading.Event()  # the client has left
         self._lock = threading.Lock()   # protects _connection: it may become another exchange's
         self._connection: Any = None
         self.use_route(self.routes[0])
@@ -3634,19 +3773,21 @@ class Response:
     def __init__(self, connection: Any, exchange: Exchange,
                  give_back: Callable[[Any], None]) -> None:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
-        self._file = connection.sock.makefile("rb", 65536)
-        self._timeout, self._deadline = connection.sock.gettimeout(), 0.0
-        self.at_end = False  # the end of the body has arrived
-        try:
-            version, self.status, self.fields = self._read_final_head()
-        except BaseException:
-            self._file.close()
-            raise
+        self._reader = DeadlineReader(connection.sock)
+        self._file = io.BufferedReader(self._reader, 65536)
+        self.at_end = False        # the end of the body has arrived
+        self.has_deadline = False  # for the rest of the body
+        left = exchange.deadline - time.monotonic() if exchange.deadline else 0.0
+        self._reader.allow(max(0.001, left) if left else connection.sock.gettimeout())
+        version, self.status, self.fields = self._read_final_head()
+        if not left:
+            self._reader.allow(0)
         fields = self.fields
         self.content_type = fields.get("content-type", "").lower()
         self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
         length = fields.get("content-length", "").partition(",")[0]
-        self._left = int(length) if re.match(r"[0-9]{1,15}$", length) else -1
+        counted = not self._chunked and re.match(r"[0-9]{1,15}$", length)
+        self._left = int(length) if counted else -1
         if self.status in (204, 304):
             self._chunked, self._left = False, 0
         self._reusable = (self.is_framed and version != b"0"
@@ -3680,44 +3821,34 @@ class Response:
 
     @property
     def has_length(self) -> bool:
-        return not self._chunked and self._left >= 0
+        return self._left >= 0
 
     def end_within(self, seconds: float) -> None:
         """Wait so long for the rest of the body, whatever comes in it; 0: as before, to its end."""
-        self._deadline = time.monotonic() + seconds if seconds else 0.0
-        if not seconds:
-            self._connection.sock.settimeout(self._timeout)
-
-    @property
-    def has_deadline(self) -> bool:
-        return self._deadline > 0
+        self.has_deadline = seconds > 0
+        self._reader.allow(seconds)
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it comes. Raises HTTPException if it ends too early."""
-        decoder = ChunkedDecoder() if self._chunked else None
-        while decoder and not decoder.ended:
-            data = self._read()
-            if not data:
+        """The body as it comes. Raises HTTPException if it ends too early, ProxyError if it is too
+        large."""
+        decoder = ChunkedDecoder(ANSWER_LIMIT) if self._chunked else None
+        total = 0
+        while not self.at_end and self._left:
+            data = self._file.read1(65536 if self._left < 0 else min(65536, self._left))
+            if not data and self.is_framed:
                 raise http.client.IncompleteRead(b"")
-            piece = decoder.feed(data)
-            self.at_end = decoder.ended
-            if piece:
-                yield piece
-        while self._left and not decoder:
-            piece = self._read(65536 if self._left < 0 else min(65536, self._left))
-            if not piece and self._left > 0:
-                raise http.client.IncompleteRead(b"", self._left)
-            if not piece:
-                break
-            self._left -= len(piece) if self._left > 0 else 0
-            self.at_end = self._left == 0
-            yield piece
+            self._left -= len(data) if self._left > 0 else 0
+            self.at_end = decoder.ended if decoder else not data or self._left == 0
+            total += len(data)
+            if total > ANSWER_LIMIT:
+                raise ProxyError(500, "The upstream's answer has more than %d bytes."
+                                 % ANSWER_LIMIT)
+            if decoder:
+                data = decoder.feed(data)
+                self.at_end = decoder.ended
+            if data:
+                yield data
         self.close(self._reusable and not (decoder and decoder.rest))
-
-    def _read(self, limit: int = 65536) -> bytes:
-        if self._deadline:
-            self._connection.sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-        return self._file.read1(limit)
 
     def read(self, limit: int = 1 << 30) -> bytes:
         """The whole body, or a little more than `limit` bytes of it."""
@@ -3735,7 +3866,6 @@ class Response:
         if connection is None:
             return
         self._exchange.use(None)
-        self._file.close()
         if reusable:
             self._give_back(connection)
         else:
@@ -3774,7 +3904,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         headers = {name.title(): value for name, value in request.header_items()}
         for_tunnel = {name: headers.pop(name) for name in ("Proxy-Authorization",)
                       if tunnel and name in headers}
-        place = (request.type, request.host, tunnel)
+        place = (request.type, request.host, tunnel, exchange.owner)
         idle = self._take(place)
         connection = idle or connect(request.host, timeout=min(30.0, request.timeout))
         try:
@@ -3841,7 +3971,7 @@ def http_request(method: str, selector: str, headers: Mapping[str, str],
 def parse_upstream(raw: bytes) -> Any:
     """An upstream body as JSON; ValueError, not a client's mistake, if it is none."""
     try:
-        return parse_json(raw)
+        return parse_json(raw[3:] if raw.startswith(BYTE_ORDER_MARK) else raw)
     except ProxyError as exc:
         raise ValueError(exc.message) from None
 
@@ -3870,6 +4000,8 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
     if isinstance(reason, (ValueError, RecursionError)):
         return ProxyError(500, "%s's answer is not valid JSON: %s" % (name, str(reason)[:200]),
                           transient=True)
+    if getattr(reason, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return ProxyError(529, "The proxy has no file descriptor left (ulimit -n).", retry_after=2)
     return ProxyError(529, "The connection to %s broke: %s" % (name, type(reason).__name__),
                       transient=True)
 
@@ -3998,7 +4130,8 @@ class Upstream:
         with connection_errors(exchange, self.NAME), contextlib.closing(response):
             if stream and self.streaming_unsupported(response.status):
                 refusal = response.read(100000)  # asking for the whole answer tells what is missing
-                if _MODEL_MISSING.search(str(google_error(refusal).get("message"))):
+                said = str(google_error(refusal).get("message")).lower()
+                if "model" in said.partition("not found")[0] and "not found" in said:
                     raise self._error(404, refusal, exchange)
                 yield from self._request(exchange, False)
                 self._disable_streaming(self.NO_STREAM_SECONDS, "the upstream does not stream")
@@ -4103,9 +4236,10 @@ class Upstream:
                  headers: Mapping[str, str] = MappingProxyType({})) -> Any:
         """GET something small. Raises ProxyError."""
         exchange = Exchange({}, [Route("gemini", "")], client_key=client_key)
+        exchange.deadline = time.monotonic() + self.COUNT_SECONDS
         try:
             with connection_errors(exchange, self.NAME), contextlib.closing(
-                    self.send(exchange, path, None, self.COUNT_SECONDS, headers)) as response:
+                    self.send(exchange, path, None, headers)) as response:
                 self._check(response, exchange)
                 return parse_upstream(response.read(10 << 20))
         except ProxyError as error:
@@ -4113,16 +4247,18 @@ class Upstream:
                 error.message = "%s did not answer within %g s" % (self.NAME, self.COUNT_SECONDS)
             raise
 
-    def send(self, exchange: Exchange, path: str, data: Optional[bytes], timeout: float = 0,
+    def send(self, exchange: Exchange, path: str, data: Optional[bytes],
              headers: Mapping[str, str] = MappingProxyType({})) -> Response:
         """The only place that talks to an upstream."""
         fields = {"Content-Type": "application/json", "Accept-Encoding": "identity",
                   "User-Agent": "claude_gemini_proxy/" + __version__, **headers,
                   **self.authorization(exchange)}
+        left = exchange.deadline - time.monotonic() if exchange.deadline else math.inf
         with connection_errors(exchange, self.NAME):
             request = urllib.request.Request("%s/%s" % (self.base, path), data, fields)
             request.exchange = exchange
-            return self._opener.open(request, timeout=timeout or self._config.request_timeout)
+            return self._opener.open(
+                request, timeout=max(0.001, min(left, self._config.request_timeout)))
 
     def next_key(self, exchange: Exchange) -> str:
         exchange.key_number = self.keys.acquire(exchange.model)
@@ -4133,7 +4269,6 @@ class Upstream:
         return {"Authorization": "Bearer " + key} if key else {}
 
 
-_MODEL_MISSING = re.compile(r"(?i)models?\b.*\b(?:is|was) not found")
 _NO_JSON_SCHEMA = re.compile(
     r"(?i)unknown name \"?parameters_?json_?schema|parameters_?json_?schema.*cannot find field")
 
@@ -4142,11 +4277,13 @@ class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
     TAKES_CLIENT_KEYS = True
-    LIST_PAGES = 10  # of 1,000 models, the largest that there are
+    LIST_PAGES = 5          # of 1,000 models, the largest that there are
+    COMMAND_SECONDS = 30.0  # for GEMINI_TOKEN_COMMAND
 
     def __init__(self, config: Config, opener: Any) -> None:
         super().__init__(config, opener, config.base("gemini"), config.keys)
         self._counting = threading.BoundedSemaphore(4)
+        self._token_lock = threading.Lock()  # held while the command runs: it runs once for all
         self._strict_tools = False
 
     def first_body(self, exchange: Exchange) -> Json:
@@ -4179,14 +4316,14 @@ class Gemini(Upstream):
             body = {k: body[k] for k in ("contents", "systemInstruction", "tools") if k in body}
         else:
             body = {"generateContentRequest": dict(body, model="models/" + exchange.route.model)}
-        deadline = time.monotonic() + self.COUNT_SECONDS
+        exchange.deadline = time.monotonic() + self.COUNT_SECONDS
         if not self._counting.acquire(timeout=self.COUNT_SECONDS):
             return None
         try:
-            with connection_errors(exchange, self.NAME), contextlib.closing(self._post(
-                    exchange, body, "countTokens", max(0.1, deadline - time.monotonic()))) as reply:
-                self._check(reply, exchange)
-                counted = parse_upstream(reply.read(100000))
+            with connection_errors(exchange, self.NAME), contextlib.closing(
+                    self._post(exchange, body, "countTokens")) as response:
+                self._check(response, exchange)
+                counted = parse_upstream(response.read(100000))
         except ProxyError as error:
             LOG.info("%s: no token count, an estimate instead: %s", exchange.model, error.message)
             return None
@@ -4210,12 +4347,12 @@ class Gemini(Upstream):
             token = "&pageToken=" + urllib.parse.quote(str(page["nextPageToken"]), safe="")
         return found
 
-    def _post(self, exchange: Exchange, body: Json, action: str, timeout: float = 0) -> Response:
+    def _post(self, exchange: Exchange, body: Json, action: str) -> Response:
         model = urllib.parse.quote(exchange.route.model, safe="/@")
         path = model if "/" in model else "models/" + model
         if "aiplatform" in self.base:
             body = without_invocations(body)
-        return self.send(exchange, "%s:%s" % (path, action), dump_request(body), timeout)
+        return self.send(exchange, "%s:%s" % (path, action), dump_request(body))
 
     def next_key(self, exchange: Exchange) -> str:
         """The client's own key (CLIENT_KEYS), or the next of ours."""
@@ -4230,26 +4367,43 @@ class Gemini(Upstream):
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
-            return {"Authorization": "Bearer " + self._command_token()}
+            return {"Authorization": "Bearer " + self._command_token(exchange)}
         if self._config.gemini_auth_type == "bearer":
             return super().authorization(exchange)
         return {"x-goog-api-key": self.next_key(exchange)}
 
-    def _command_token(self) -> str:
-        token = self._token
-        if not token:
-            try:
-                done = subprocess.run(shlex.split(self._config.gemini_token_command),
-                                      stdout=subprocess.PIPE,
-                                      stdin=subprocess.DEVNULL, timeout=30, check=True)
-                token = parse_secret(done.stdout.decode().strip().rpartition("\n")[2])
-            except (OSError, ValueError, subprocess.SubprocessError) as exc:
-                what = "%s, status %s" % (type(exc).__name__, getattr(exc, "returncode", "-"))
-                raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % what,
-                                 should_retry=False) from exc
-            with self._lock:
-                self._token = token
-        return token
+    def _command_token(self, exchange: Exchange) -> str:
+        """The token, from one run of the command for all who wait; each waits as long as its client
+        does."""
+        while not self._token_lock.acquire(timeout=0.5):
+            exchange.check_client()
+        try:
+            if not self._token:
+                self._token = self._run_command(exchange)
+            return self._token
+        finally:
+            self._token_lock.release()
+
+    def _run_command(self, exchange: Exchange) -> str:
+        status, deadline = None, time.monotonic() + self.COMMAND_SECONDS
+        try:
+            with subprocess.Popen(shlex.split(self._config.gemini_token_command),
+                                  stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+                while True:
+                    try:
+                        output = process.communicate(timeout=0.5)[0]
+                        break
+                    except subprocess.TimeoutExpired:
+                        if exchange.disconnected.is_set() or time.monotonic() > deadline:
+                            process.kill()
+            status = process.returncode
+            if status == 0:
+                return parse_secret(output[-10000:].decode().strip().rpartition("\n")[2])
+            reason = "status %s" % status
+        except (OSError, ValueError) as exc:
+            reason = type(exc).__name__
+        exchange.check_client()
+        raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % reason, should_retry=False)
 
 
 class OpenAI(Upstream):
@@ -4264,7 +4418,7 @@ class OpenAI(Upstream):
         self.NAME = "OpenRouter" if router else "The server"
         self.KEY_SETTING = "OPENROUTER_API_KEY" if router else "OPENAI_API_KEY"
         self._dialect = openai_dialect(name, config)
-        self._refused = LRUCache(1000)  # (model, field) -> values as JSON that it refused
+        self._refused = LRUCache(1000)  # (model, field[, hash of a value]) -> what it refused
 
     def first_body(self, exchange: Exchange) -> Json:
         """Without what the model has refused before. A model that the upstream does not list is
@@ -4293,7 +4447,7 @@ class OpenAI(Upstream):
         for name, message in exchange.repaired.items():
             most = _AT_MOST.search(message)
             if name in OPTIONAL_FIELDS and message:
-                self._refused.put((model, name, json.dumps(was.get(name))), True)
+                self._refused.put((model, name, short_hash(json.dumps(was.get(name)))), True)
             elif name in LIMITS and message:
                 self._refused.put((model, name), True)
             elif name.startswith("a larger ") and most:
@@ -4312,7 +4466,7 @@ class OpenAI(Upstream):
         model = body["model"]
         for name in LIMITS + OPTIONAL_FIELDS:
             if name in body and (self._refused.get((model, name)) or self._refused.get(
-                    (model, name, json.dumps(body[name])))):
+                    (model, name, short_hash(json.dumps(body[name]))))):
                 body = without_field(body, name)
         most = self._refused.get((model, "most"))
         return dict(body, **{name: min(body[name], most) for name in LIMITS
@@ -4359,7 +4513,7 @@ class Anthropic(Upstream):
                 headers: Mapping[str, str]) -> Response:
         kept = {name: value for name, value in headers.items()
                 if name in self.KEPT or name.startswith("x-stainless-")}
-        return self.send(exchange, path.lstrip("/"), body, 0, kept)
+        return self.send(exchange, path.lstrip("/"), body, kept)
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         return {"x-api-key": self.next_key(exchange)}
@@ -4592,7 +4746,7 @@ class ProxyServer(ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 512
-    OVER_LIMIT = 64  # connections beyond MAX_CONNECTIONS that are still told so
+    OVER_LIMIT = 64  # connections beyond MAX_CONNECTIONS that are still answered, with a 529
 
     def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
@@ -4604,12 +4758,11 @@ class ProxyServer(ThreadingHTTPServer):
         self.traffic = Traffic()
         self.upstream = Upstreams(config, upstream)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2), self.upstream.close_expired)
+        self.connections = Connections(config.max_connections, config.max_connections
+                                       + self.OVER_LIMIT)
         self.started = time.time()
         self.draining = False
-        self._active_lock = threading.Lock()  # protects the three below
-        self.active = 0   # connections
-        self.busy = 0     # requests under way on them
-        self.over_limit: set = set()
+        self._spare = os.open(os.devnull, os.O_RDONLY)  # a descriptor, for when none is left
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
 
@@ -4622,42 +4775,42 @@ class ProxyServer(ThreadingHTTPServer):
     def url(self) -> str:
         return local_url(self.server_name, self.server_port)
 
+    def get_request(self) -> Tuple[Any, Any]:
+        """Accept a connection. With no descriptor left, it is told so with the spare one; without
+        this, a server that cannot accept tries again at once, for ever."""
+        try:
+            return super().get_request()
+        except OSError as exc:
+            if exc.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        LOG.warning("no file descriptor is left for a connection (ulimit -n)")
+        os.close(self._spare)
+        with contextlib.suppress(OSError):
+            connection, _ = super().get_request()
+            with contextlib.closing(connection):
+                connection.settimeout(1)
+                connection.sendall(b"HTTP/1.1 529 Overloaded\r\nRetry-After: 2\r\nContent-Length: 0"
+                                   b"\r\nConnection: close\r\n\r\n")
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+        raise OSError("no file descriptor is left")
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._active_lock:
-            self.active += 1
-            over = self.active - self.config.max_connections
-            if over > 0:
-                self.over_limit.add(request)
-        if over > self.OVER_LIMIT:
-            self.release(request)
+        if not self.connections.add(request):
             self.shutdown_request(request)
             return
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread can be started
-            self.release(request)
+            self.connections.remove(request)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.release(request)
-
-    def release(self, request: Any) -> None:
-        with self._active_lock:
-            self.active -= 1
-            self.over_limit.discard(request)
-
-    @contextlib.contextmanager
-    def in_flight(self) -> Iterator[None]:
-        with self._active_lock:
-            self.busy += 1
-        try:
-            yield
-        finally:
-            with self._active_lock:
-                self.busy -= 1
+            self.connections.remove(request)
 
     def drain(self, seconds: float) -> None:
         """Take no more work, and wait for the answers under way. Frees the port at once."""
@@ -4667,7 +4820,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.shutdown()
         self.socket.close()
         deadline = time.monotonic() + seconds
-        while self.busy and time.monotonic() < deadline:
+        while self.connections.answers and time.monotonic() < deadline:
             time.sleep(0.05)
         self.server_close()
 
@@ -4677,6 +4830,7 @@ class ProxyServer(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
+        os.close(self._spare)
         self.heartbeat.stop()
         self.upstream.close()
 
@@ -4692,38 +4846,6 @@ def today() -> str:
 def new_id(prefix: str) -> str:
     """A fresh id, also over restarts: clients merge answers that share one."""
     return prefix + secrets.token_hex(12)
-
-
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket until a moment, not for a while at a time: a client that sends a byte a minute
-    must not hold its thread for ever."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._deadline = 0.0
-        self._unread = b""
-
-    def unread(self, data: bytes) -> None:
-        """Give back what was read too far: it is read again, first."""
-        self._unread = data
-
-    def allow(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if self._unread:
-            count = min(len(buffer), len(self._unread))
-            buffer[:count], self._unread = self._unread[:count], self._unread[count:]
-            return count
-        usual = self._sock.gettimeout()
-        self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
-        try:
-            return self._sock.recv_into(buffer)
-        finally:
-            self._sock.settimeout(usual)
 
 
 class HTTPHandler(BaseHTTPRequestHandler):
@@ -4757,20 +4879,23 @@ class HTTPHandler(BaseHTTPRequestHandler):
         except (ConnectionError, socket.timeout):
             return
         self.reader.allow(self.head_seconds)
-        with self.server.in_flight():
-            super().handle_one_request()
+        super().handle_one_request()
+        self.server.connections.wait(self.connection)
 
     def parse_request(self) -> bool:
         self.request_id = new_id("req_")
         self.body_read, self.close_connection = False, True
         self.requestline = str(self.raw_requestline, "latin-1").rstrip("\r\n")
-        found = re.fullmatch(r"([A-Z]+) /*(/[!-~\x80-\xff]*) (HTTP/1\.[0-9])", self.requestline)
-        if not found:
+        words = self.requestline.split(" ")
+        target = words[1] if len(words) == 3 else ""
+        if not (target[:1] == "/" and re.fullmatch("[A-Z]+", words[0])
+                and re.fullmatch(r"[!-~\x80-\xff]+", target)
+                and re.fullmatch(r"HTTP/1\.[0-9]", words[2])):
             self.command, self.request_version = "", self.default_request_version
             if self.raw_requestline:
                 self.send_error(400, "the request line is not METHOD /path HTTP/1.1")
             return False
-        self.command, self.path, self.request_version = found.groups()
+        self.command, self.path, self.request_version = words[0], "/" + target.lstrip("/"), words[2]
         try:
             self.headers = parse_headers(read_head(self.rfile))
         except ValueError as exc:
@@ -4791,7 +4916,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         wanted, self.close_connection = self.close_connection, True  # after any refusal here
         config, host = self.server.config, self.headers.get("host") or ""
         origin = self.headers.get("origin")
-        name = re.sub(r":\d*$", "", host).strip("[]").lower()
+        name = re.sub(r":\d*$", "", host[:300]).strip("[]").lower()
         if origin is not None and origin != "http://" + host:
             raise ProxyError(403, "Requests from web pages are refused (Origin: %s)." % origin[:99])
         if self.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
@@ -4799,7 +4924,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         if host and is_loopback(config.host) and not is_loopback(name):
             raise ProxyError(403, "Host: %s is not this proxy; it listens on %s."
                              % (name[:100], self.server.url))
-        if self.connection in self.server.over_limit:
+        if self.server.connections.is_over_limit(self.connection):
             raise ProxyError(529, "All %d connections are in use (MAX_CONNECTIONS)."
                              % config.max_connections, retry_after=2)
         if self.server.draining:
@@ -4833,8 +4958,27 @@ class HTTPHandler(BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         """The request's body, counted or chunked. Raises ProxyError; the connection then closes."""
-        length, coding = map(self.headers.get, ("content-length", "transfer-encoding"))
         limit = self.server.config.max_body_bytes
+        size = self.body_size()
+        if size is not None and size > limit:
+            raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)."
+                             % (size, limit))
+        self.reader.allow(self.body_seconds + (limit if size is None else size) / 100000)
+        if (self.headers.get("expect", "").lower() == "100-continue"
+                and self.request_version != "HTTP/1.0"):
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            body = self.read_chunked(limit) if size is None else self.rfile.read(size)
+        except socket.timeout:
+            raise ProxyError(408, "The request's body took too long to arrive.") from None
+        if len(body) < (size or 0):
+            raise ConnectionAbortedError("the client left within its body")
+        self.body_read = True
+        return body
+
+    def body_size(self) -> Optional[int]:
+        """The size that the headers tell, None for a chunked body."""
+        length, coding = map(self.headers.get, ("content-length", "transfer-encoding"))
         if self.headers.get("content-encoding", "identity").lower() != "identity":
             raise ProxyError(415, "Content-Encoding: send the body as it is, not compressed.")
         if coding is not None and (length is not None or coding.lower() != "chunked"):
@@ -4843,22 +4987,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
             raise ProxyError(411, "Content-Length: a request body is needed.")
         if length is not None and not re.fullmatch(r"[0-9]{1,15}", length):
             raise invalid("Content-Length: must be one whole number.")
-        size = int(length or 0)
-        if size > limit:
-            raise ProxyError(413, "The body has %d bytes; this proxy takes %d (MAX_BODY_BYTES)."
-                             % (size, limit))
-        self.reader.allow(self.body_seconds + (limit if coding else size) / 100000)
-        if (self.headers.get("expect", "").lower() == "100-continue"
-                and self.request_version != "HTTP/1.0"):
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        try:
-            body = self.read_chunked(limit) if coding else self.rfile.read(size)
-        except socket.timeout:
-            raise ProxyError(408, "The request's body took too long to arrive.") from None
-        if len(body) < size:
-            raise ConnectionAbortedError("the client left within its body")
-        self.body_read = True
-        return body
+        return None if length is None else int(length)
 
     def read_chunked(self, limit: int) -> bytes:
         """A chunked body; HTTP/1.0 knows none, so such a connection is closed after it."""
@@ -4950,6 +5079,7 @@ class ProxyHandler(HTTPHandler):
                 return
             if path not in OPEN_PATHS:
                 self.authorize()
+                self.server.connections.keep(self.connection)
                 self.admitted = self.command == "POST"
             if methods is None:
                 raise ProxyError(
@@ -4990,9 +5120,12 @@ class ProxyHandler(HTTPHandler):
 
     def handle_messages(self, path: str) -> None:
         """POST /v1/messages"""
-        server = self.server
         body = self.read_body()
-        request = parse_json(body)
+        with self.server.connections.answering():
+            self.answer_messages(body)
+
+    def answer_messages(self, body: bytes) -> None:
+        server, request = self.server, parse_json(body)
         if self.forward_to_anthropic(request, body):
             return
         check_request(request)
@@ -5005,7 +5138,8 @@ class ProxyHandler(HTTPHandler):
         if server.config.debug:
             LOG.debug("%s client: %s", self.request_id, redacted_body(request))
             LOG.debug("%s upstream: %s", self.request_id, redacted_body(exchange.translation.body))
-        emitter = MessageEmitter(request["model"], new_id, server.signatures.put,
+        remember = server.signatures.of(exchange.client_key).put
+        emitter = MessageEmitter(request["model"], new_id, remember,
                                  exchange.translation, estimate,
                                  bool(request.get("context_management")))
         status, problem = 500, ""
@@ -5027,7 +5161,8 @@ class ProxyHandler(HTTPHandler):
     def make_exchange(self, request: Json, size: int) -> Tuple[Exchange, int]:
         """A request on its way, and an estimate of its tokens."""
         server, config = self.server, self.server.config
-        translate = functools.partial(translated, request, config, lookup=server.signatures.get,
+        signatures = server.signatures.of(self.client_key())
+        translate = functools.partial(translated, request, config, lookup=signatures.get,
                                       declare=server.declarations.declare)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         routes = [resolve_model(request["model"], config)]
@@ -5139,7 +5274,7 @@ class ProxyHandler(HTTPHandler):
                                                  self.headers)) as response:
             try:
                 self.relay(response)
-            except (OSError, http.client.HTTPException) as exc:
+            except (OSError, http.client.HTTPException, ProxyError) as exc:
                 raise ConnectionAbortedError("the answer was cut") from exc
         total = round((time.monotonic() - exchange.started) * 1000)
         LOG.info("%s %s -> %s %d, passed through, total %d ms", self.request_id, requested[:100],
@@ -5179,7 +5314,8 @@ class ProxyHandler(HTTPHandler):
         exchange = Exchange(request, [resolve_model(request["model"], server.config)], translate,
                             client_key=self.client_key())
         estimate = server.tokens.estimate(len(body), exchange.translation)
-        key = hashlib.blake2b(exchange.model.encode() + body, digest_size=16).digest()
+        key = hashlib.blake2b(("%s %s " % (exchange.owner, exchange.model)).encode() + body,
+                              digest_size=16).digest()
         tokens = server.tokens.known.get(key)
         if tokens is None:
             with server.heartbeat.watching(exchange, self.connection):
@@ -5216,7 +5352,7 @@ class ProxyHandler(HTTPHandler):
     def handle_metrics(self, path: str) -> None:
         entries, size = self.server.signatures.size()
         gauges = {"signature_cache_entries": entries, "signature_cache_bytes": size,
-                  "connections": self.server.active,
+                  "connections": len(self.server.connections),
                   "uptime_seconds": time.time() - self.server.started}
         self.respond(200, self.server.metrics.render(gauges).encode(),
                      content_type="text/plain; version=0.0.4")
@@ -5545,24 +5681,64 @@ class LogLines(logging.Formatter):
                           **getattr(record, "fields", {"message": record.getMessage()}))
             fields.update({"trace": super().format(record)} if record.exc_info else {})
             return json.dumps(fields)
-        text = super().format(record)
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        text = escaped(super().formatMessage(record))
         colour = {logging.WARNING: "33", logging.ERROR: "31"}.get(record.levelno)
         if getattr(record, "fields", {}).get("status") == 200:
             colour = "32"
         return "\x1b[%sm%s\x1b[0m" % (colour, text) if colour and self._coloured else text
 
+    def formatException(self, exc_info: Any) -> str:
+        lines = super().formatException(exc_info).split("\n")
+        return "\n".join("    " + escaped(line) for line in lines)
+
+
+def escaped(text: str) -> str:
+    """A text whose control characters cannot begin a new log line or change the terminal."""
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
+                  lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+
+
+def complain(text: str) -> None:
+    """A line for the user. Without stderr (2>&-, pythonw) there is nobody to read it."""
+    if sys.stderr is not None:
+        print("claude_gemini_proxy: " + text, file=sys.stderr)
+
 
 def start_logging(config: Config, quiet: bool) -> None:
     """Log to LOG_FILE, or to stderr; a command that shares the terminal with a client is quiet."""
     if config.log_file:
-        handler: logging.Handler = logging.FileHandler(config.log_file, encoding="utf-8")
+        handler = log_file(config.log_file)
+    elif quiet or sys.stderr is None:
+        handler = logging.NullHandler()
     else:
-        handler = logging.NullHandler() if quiet else logging.StreamHandler(sys.stderr)
-    coloured = not config.log_file and sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    handler.setFormatter(LogLines(config.log_format == "json", coloured))
+        handler = logging.StreamHandler(sys.stderr)
+        handler.handleError = lambda record: None  # the terminal is gone: go on without a log
+    coloured = not config.log_file and sys.stderr is not None and sys.stderr.isatty()
+    handler.setFormatter(LogLines(config.log_format == "json",
+                                  coloured and not os.environ.get("NO_COLOR")))
     LOG.addHandler(handler)
     LOG.propagate = False
     LOG.setLevel("DEBUG" if config.debug else config.log_level.upper())
+
+
+def log_file(path: str) -> logging.Handler:
+    """Writes to a file, which is opened again after it was renamed; if that fails, one line says
+    so."""
+    from logging.handlers import WatchedFileHandler  # 10 ms that most do not need
+    kind = logging.FileHandler if os.name == "nt" else WatchedFileHandler
+    handler = kind(path, encoding="utf-8")
+    failures: List[str] = []
+
+    def on_error(record: logging.LogRecord) -> None:
+        if not failures:
+            failures.append("once")
+            complain("LOG_FILE cannot be written: %s" % sys.exc_info()[1])
+
+    handler.handleError = on_error
+    return handler
 
 
 def make_server(config: Config, upstream: Any = None) -> ProxyServer:
@@ -5623,13 +5799,34 @@ def tune_memory() -> None:
 
 
 GRACE_SECONDS = 30.0
+OTHER_DESCRIPTORS = 200  # beside two for each connection: those above the limit, idle ones, files
+
+
+def fit_descriptors(config: Config) -> Config:
+    """Raise the soft limit for open files to what MAX_CONNECTIONS needs, two for each; where that
+    is not allowed, fewer connections."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return config
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * config.max_connections + OTHER_DESCRIPTORS
+    for limit in (needed, 10240):  # macOS says that it has no limit, and takes no more than this
+        if 0 <= soft < limit and (hard < 0 or limit <= hard):
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                soft = limit
+    fitting = max(1, (soft - OTHER_DESCRIPTORS) // 2)
+    if not 0 <= soft < needed:
+        return config
+    LOG.warning("MAX_CONNECTIONS is lowered to %d: the limit for open files is %d (ulimit -n)",
+                fitting, soft)
+    return dataclasses.replace(config, max_connections=fitting)
 
 
 def serve(server: ProxyServer, demo: bool) -> int:
-    """Serve until SIGTERM or Ctrl-C, then finish what is under way; a second one ends at once."""
-    config = server.config
-    model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config).name,
-                                                        resolve_model("claude-haiku", config).name)
+    """Serve until SIGTERM, SIGHUP or Ctrl-C, then finish the answers in progress; a second signal
+    ends at once."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -5637,8 +5834,23 @@ def serve(server: ProxyServer, demo: bool) -> int:
             os._exit(128 + number)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), on_signal)
+    announce(server, demo)
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
+    while not stop.wait(1):  # on Windows a signal does not end a wait
+        pass
+    LOG.info("finishing %d requests (a second signal ends at once)", server.connections.answers)
+    server.drain(GRACE_SECONDS)
+    return 0
+
+
+def announce(server: ProxyServer, demo: bool) -> None:
+    """The start-up line, warnings about keys, and hints."""
+    config = server.config
+    model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config).name,
+                                                        resolve_model("claude-haiku", config).name)
     others = "".join(", also " + name for name in config.upstreams[1:])
     LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s%s", __version__,
             server.url, model, config.stream_mode, others)
@@ -5651,12 +5863,6 @@ def serve(server: ProxyServer, demo: bool) -> int:
                     "to anything", config.base("openrouter"))
     for hint in hints(server) if not demo else ():
         LOG.info("hint: %s", hint)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
-    while not stop.wait(3600):
-        pass
-    LOG.info("finishing %d requests (a second signal ends at once)", server.busy)
-    server.drain(GRACE_SECONDS)
-    return 0
 
 
 def run_client(server: ProxyServer, command: Sequence[str]) -> int:
@@ -5670,7 +5876,7 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
         child = subprocess.Popen(list(command), env=dict(environ, **values))
     except OSError as exc:
         hint = " (npm install -g @anthropic-ai/claude-code)" if command[0] == "claude" else ""
-        print("%s: %s%s" % (command[0], exc.strerror, hint), file=sys.stderr)
+        complain("%s: %s%s" % (command[0], exc.strerror, hint))
         return 127
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the client gets it, too
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
@@ -5777,6 +5983,7 @@ def ask(server: ProxyServer, body: Json) -> Json:
     return answer
 
 
+DOTENV_LIMIT = 1 << 16
 NO_KEY = """No Gemini key. Either
   export GEMINI_API_KEY=...   (a free one: https://aistudio.google.com/apikey)
   or OPENROUTER_API_KEY, or OPENAI_API_BASE for a server of your own,
@@ -5785,33 +5992,58 @@ NO_KEY = """No Gemini key. Either
 
 def command_config(command: str, flags: Dict[str, Any]) -> Config:
     """The settings as a command needs them. Raises ValueError with a line for the user."""
-    try:
-        with open(".env", encoding="utf-8") as file:
-            dotenv = parse_dotenv(file.read())
-    except (OSError, UnicodeDecodeError):
-        dotenv = {}
     if command == "run":
         flags = dict(flags, host="127.0.0.1", port="0")
-    config = load_config(flags, os.environ, dotenv)
+    config = load_config(flags, os.environ, read_dotenv())
     if flags["demo"]:
         config = dataclasses.replace(
             config, upstream="gemini", openrouter_api_key="", openai_api_key="", openai_api_base="",
             anthropic_api_key="", big_model="", fallback_models=())
-    bare = dataclasses.replace(config, upstream="", client_keys=False)
-    has_key = bare.upstreams != ("gemini",) or config.keys or config.gemini_token_command
-    needs_key = command != "env" and not (config.client_keys and command == "serve")
-    if needs_key and not (has_key or flags["demo"]):
-        raise ValueError(NO_KEY)
-    if (needs_key and config.upstreams[0] == "openai" and config.base("openai") == OPENAI_BASE
-            and not config.big_model and not config.anthropic_model):
-        raise ValueError("OPENAI_API_KEY alone names no model: set BIG_MODEL=gpt-..., or "
-                         "OPENAI_API_BASE for a server of your own, or GEMINI_API_KEY")
+    elif command != "env" and not (config.client_keys and command == "serve"):
+        check_key(config)
     if command == "env" and not config.port:
         raise ValueError("PORT=0 is another port each time: env needs a fixed one")
     if command == "run":
         token = secrets.token_urlsafe(24)
         return dataclasses.replace(config, proxy_auth_token=token, client_keys=False)
     return dataclasses.replace(config, port=0) if command == "check" else config
+
+
+def check_key(config: Config) -> None:
+    """Raise ValueError if there is no key, or one of OpenAI's own server without a model."""
+    bare = dataclasses.replace(config, upstream="", client_keys=False)
+    if bare.upstreams == ("gemini",) and not (config.keys or config.gemini_token_command):
+        raise ValueError(NO_KEY)
+    if (config.upstreams[0] == "openai" and config.base("openai") == OPENAI_BASE
+            and not config.big_model and not config.anthropic_model):
+        raise ValueError("OPENAI_API_KEY alone names no model: set BIG_MODEL=gpt-..., or "
+                         "OPENAI_API_BASE for a server of your own, or GEMINI_API_KEY")
+
+
+def read_dotenv() -> Dict[str, str]:
+    """The .env of the working directory. It may be a stranger's: only a regular file, in UTF-8, and
+    not larger than settings are. What is wrong with it is told in one line."""
+    try:
+        with open(".env", "rb", opener=lambda path, flags: os.open(
+                path, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError("it is no regular file")
+            raw = file.read(DOTENV_LIMIT + 1)
+        if len(raw) > DOTENV_LIMIT:
+            raise ValueError("it is larger than %d bytes" % DOTENV_LIMIT)
+        found = parse_dotenv(raw.decode("utf-8-sig"))
+        if raw.strip() and not found:
+            raise ValueError("it holds no NAME=value line")
+        return found
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError:
+        complain(".env is not read: it is not in UTF-8")
+    except OSError as exc:
+        complain(".env is not read: %s" % exc.strerror)
+    except ValueError as exc:
+        complain(".env is not read: %s" % exc)
+    return {}
 
 
 def print_environment(config: Config, shell: str) -> int:
@@ -5826,7 +6058,7 @@ def print_environment(config: Config, shell: str) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     if sys.version_info < (3, 8):
-        print("claude_gemini_proxy needs Python 3.8 or newer", file=sys.stderr)
+        complain("Python 3.8 or newer is needed")
         return 2
     command, flags, rest = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
@@ -5835,13 +6067,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return print_environment(config, rest[0] if rest else "sh")
         start_logging(config, quiet=command != "serve")
         tune_memory()
-        server = make_server(config, DemoModel() if flags["demo"] else None)
+        server = make_server(fit_descriptors(config), DemoModel() if flags["demo"] else None)
     except ValueError as exc:
-        print("claude_gemini_proxy: %s" % exc, file=sys.stderr)
+        complain(str(exc))
         return 2
     except OSError as exc:
-        place = exc.filename or "%s:%d" % (config.host, config.port)
-        print("claude_gemini_proxy: %s: %s" % (place, exc.strerror), file=sys.stderr)
+        complain("%s: %s" % (exc.filename or "%s:%d" % (config.host, config.port), exc.strerror))
         return 2
     if command == "run":
         return run_client(server, rest or ["claude"])
