@@ -169,7 +169,7 @@ def google_error(raw: Any) -> Json:
         try:
             raw = json.loads(raw)
         except ValueError:
-            return {"message": _MARKUP.sub(" ", raw[:20000].decode("utf-8", "replace"))}
+            return {"message": _MARKUP.sub(" ", raw[:3000].decode("utf-8", "replace"))}
     while isinstance(raw, list) and raw:
         raw = raw[0]
     error = raw.get("error", raw) if isinstance(raw, dict) else raw
@@ -325,8 +325,20 @@ def whole(least: int, most: int = 10 ** 12) -> Callable[[str], int]:
     return parse
 
 
-parse_secret = matching(r"\s*[!-~]+(\s*,\s*[!-~]+)*,?\s*",  # it goes into headers
-                        "be printable ASCII without white space", str.strip)
+def parse_names(value: str) -> Tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def parse_secret(value: str) -> str:
+    """One key, or several separated by commas; they go into headers."""
+    keys = parse_names(value)
+    if not keys or not all(re.fullmatch("[!-~]+", key) for key in keys):
+        raise ValueError("must be printable ASCII without white space")
+    return ",".join(keys)
+
+
+parse_host = matching(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9]{1,15})?",
+                      "be a host name or an IP address")
 parse_url = matching(r"https?://[^/?#@\s]+(/[^?#@\s]*)?",
                      "look like https://host/v1beta, with http or https and a version",
                      lambda url: url.rstrip("/"))
@@ -335,10 +347,6 @@ parse_bool = matching("(?i)1|true|yes|on|0|false|no|off", "be true or false",
 parse_seconds = matching(r"(?=.*[1-9])[0-9]{1,7}(\.[0-9]{1,6})?",
                          "be a number of seconds above 0", float)
 parse_usd = matching(r"[0-9]{1,7}(\.[0-9]{1,6})?", "be an amount in USD, like 5 or 0.5", float)
-
-
-def parse_names(value: str) -> Tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
 def parse_pairs(value: str) -> List[Tuple[str, Any]]:
@@ -441,8 +449,9 @@ class Config:
             "key alone, else https://api.openai.com/v1)", parse_url)
     anthropic_api_key: str = setting(
         "", "Anthropic's own, for anthropic/ models as they are", parse_secret, secret=True)
-    host: str = setting("127.0.0.1", "address to listen on; beyond loopback only with "
-                        "PROXY_AUTH_TOKEN", also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[0]})
+    host: str = setting(
+        "127.0.0.1", "address to listen on; beyond loopback only with PROXY_AUTH_TOKEN", parse_host,
+        also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[0]})
     port: int = setting(8318, "port to listen on; 0 takes a free one", whole(0, 65535),
                         also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[1]})
     proxy_auth_token: str = setting(
@@ -664,7 +673,8 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
 
     Raises ValueError with one line that names the setting and what it must be.
     """
-    check_dotenv(environ, dotenv)
+    check_dotenv(dict(environ, CLIENT_KEYS=flags.get("client_keys")
+                      or environ.get("CLIENT_KEYS", "")), dotenv)
     values = {}
     for row in dataclasses.fields(Config):
         sources = [(flag_of(row), flags.get(row.name), str)]
@@ -698,14 +708,19 @@ def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     for name, row in rows.items():
         if name.upper() in dotenv and not row.metadata["dotenv"]:
             raise ValueError("%s is not taken from .env: set it in the environment" % name.upper())
+    for name, read in environment_names(rows["host"]):
+        if dotenv.get(name) and not is_loopback(read(dotenv[name]) or "127.0.0.1"):
+            raise ValueError("%s in .env may only be a loopback address: set it in the environment"
+                             % name)
     keys = [name for key in ("gemini_api_key", "gemini_token_command", "client_keys",
-                             "openai_api_key", "openrouter_api_key")
+                             "openai_api_key", "openrouter_api_key", "anthropic_api_key")
             for name, read in environment_names(rows[key]) if environ.get(name)
             and (read is not gemini_keys_only or read(environ[name]))]
-    for base in ("gemini_api_base", "openai_api_base"):
-        if keys and any(dotenv.get(name) for name, _ in environment_names(rows[base])):
-            raise ValueError("%s is in .env, but %s is not: put both in one place"
-                             % (base.upper(), keys[0]))
+    bases = [name for base in ("gemini_api_base", "openai_api_base")
+             for name, _ in environment_names(rows[base]) if dotenv.get(name)]
+    if keys and bases:
+        raise ValueError("%s is in .env, but %s is not: put both in one place"
+                         % (bases[0], keys[0]))
 
 
 def is_loopback(host: str) -> bool:
@@ -791,6 +806,7 @@ NAME_RULES = (
     NameRule("VENDOR/NAME, gemini-NAME", FIRST,
              "(?!(?:openrouter|openai|anthropic)/)(%s/%s|(?:gemini|gemma)-.+)" % (_VENDOR, _REST)),
 )
+NAME_LIMIT = 200        # characters of a model's name
 _MILLION_MARK = "[1m]"  # Claude Code puts it behind a name for a context of a million tokens
 _GEMINI_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 NEEDED_KEYS = {
@@ -807,6 +823,8 @@ def resolve_model(requested: str, config: Config) -> Route:
     Unknown names get the default: lists of Claude's names age in weeks. Raises ProxyError 404 for
     names that could leave the URL's path, and for upstreams that are not configured.
     """
+    if len(requested) > NAME_LIMIT:
+        raise ProxyError(404, "model: %s..." % requested[:NAME_LIMIT])
     name = bare_name(requested)
     mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
     target = config.anthropic_model or next(mapped, "")
@@ -846,8 +864,8 @@ def route_to(target: str, config: Config) -> Route:
 
 def checked_route(upstream: str, model: str) -> Route:
     """A route; Gemini's names go into URLs, so they are a name or two of plain characters."""
-    if len(model) > 200 or (upstream == "gemini" and not _GEMINI_NAME.fullmatch(model)):
-        raise ProxyError(404, "model: %s" % model[:200])
+    if len(model) > NAME_LIMIT or (upstream == "gemini" and not _GEMINI_NAME.fullmatch(model)):
+        raise ProxyError(404, "model: %s" % model[:NAME_LIMIT])
     return Route(upstream, model)
 
 
@@ -899,6 +917,9 @@ PRICES = (
 )
 
 
+TOKENS_LIMIT, COST_LIMIT = 10 ** 7, 1000.0  # what one answer can count or cost, with room
+
+
 def price_of(route: Route, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
     """The price of a model on a day (2026-12-31), or None if it is not known."""
     prices = (Price(*row) for row in config.prices + PRICES)
@@ -914,7 +935,7 @@ def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[flo
     An upstream that names the cost itself (`cost`) is believed. Counts and costs beyond reason are
     no counts and no costs.
     """
-    if type(usage.get("cost")) in (int, float) and 0 <= usage["cost"] < 1e6:
+    if type(usage.get("cost")) in (int, float) and 0 <= usage["cost"] <= COST_LIMIT:
         return float(usage["cost"])
     count = sane_counts(usage)
     prompt, cached = count.get("promptTokenCount", 0), count.get("cachedContentTokenCount", 0)
@@ -927,8 +948,8 @@ def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[flo
 
 
 def sane_counts(usage: Json) -> Dict[str, int]:
-    """The token counts of a usageMetadata."""
-    return {name: n for name, n in usage.items() if type(n) is int and 0 <= n < 1e12}
+    """The token counts of a usageMetadata, but for those that no model can reach."""
+    return {name: n for name, n in usage.items() if type(n) is int and 0 <= n <= TOKENS_LIMIT}
 
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
@@ -2389,7 +2410,8 @@ class ChunksFromOpenAI:
         self._dialect = dialect
         self._calls: List[Json] = []
         self._by_index: Dict[Any, Json] = {}
-        self._kept: Json = {}  # what must come back with the answer
+        self._details: List[Json] = []    # reasoning_details, and
+        self._reasonings: List[str] = []  # reasoning_content, that must come back with the answer
         self._refuses = self._streams = self._finished = False
 
     def feed(self, chunk: Json) -> Json:
@@ -2445,9 +2467,9 @@ class ChunksFromOpenAI:
         text = delta.get("reasoning") or delta.get("reasoning_content") or "".join(
             detail.get("text") or detail.get("summary") or "" for detail in details)
         if details:
-            join_details(self._kept.setdefault("reasoning_details", []), details)
+            self._details += details
         elif delta.get("reasoning_content"):
-            self._kept["reasoning_content"] = self._kept.get("reasoning_content", "") + text
+            self._reasonings.append(text)
         return [{"text": text, "thought": True}] if text else []
 
     def _tool_call(self, delta: Json) -> None:
@@ -2461,10 +2483,10 @@ class ChunksFromOpenAI:
         call = self._by_index.get(delta.get("index"))
         if call and name and (
                 id_ and call["id"] not in ("", id_) or call["name"] not in ("", name)
-                or not id_ and arguments and openai_arguments("".join(call["arguments"]))):
+                or not id_ and arguments and self._is_whole(call)):
             call = None
         if call is None:
-            call = {"id": "", "name": "", "arguments": [], "extra": None}
+            call = {"id": "", "name": "", "arguments": [], "extra": None, "checks": 0}
             self._calls.append(call)
             self._by_index[delta.get("index")] = call
         call["id"], call["name"] = call["id"] or id_, call["name"] or name
@@ -2472,10 +2494,20 @@ class ChunksFromOpenAI:
                                  else dump_json(arguments).decode("ascii"))
         call["extra"] = delta.get("extra_content") or call["extra"]
 
+    def _is_whole(self, call: Json) -> bool:
+        """Whether a call's arguments are complete; not asked for ever, it reads them anew."""
+        call["checks"] += 1
+        return call["checks"] < 50 and bool(openai_arguments("".join(call["arguments"])))
+
     def _take_calls(self, parts: List[Json]) -> str:
         """Add the calls to parts -> what is wrong with one that cannot be read."""
         calls, self._calls, self._by_index = self._calls, [], {}
-        kept, self._kept = self._kept, {}
+        kept: Json = {}
+        if self._details:
+            kept["reasoning_details"] = joined_details(self._details)
+        if self._reasonings:
+            kept["reasoning_content"] = "".join(self._reasonings)
+        self._details, self._reasonings = [], []
         malformed = ""
         if not calls and kept.get("reasoning_details"):
             parts.append({"text": "", "thoughtSignature": kept_signature(kept, self._dialect)})
@@ -2500,28 +2532,34 @@ class ChunksFromOpenAI:
 
 def openai_arguments(text: str) -> Optional[Json]:
     """A call's arguments; {} if there are none, None if they cannot be read."""
+    start = 0
+    while text.startswith("{}", start):  # some begin with an empty object
+        start += 2
+    text = text[start:]
     try:
         args = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
         args = json.loads(args) if isinstance(args, str) else args
-    except (ValueError, RecursionError):  # some begin with an empty object
-        return openai_arguments(text[2:]) if text.startswith("{}") else None
+    except (ValueError, RecursionError):
+        return None
     return args if isinstance(args, dict) else {} if args is None else None
 
 
-def join_details(kept: List[Json], details: Sequence[Json]) -> None:
-    """Add pieces of reasoning_details: those of one index and type are one, cut into pieces."""
+def joined_details(details: Sequence[Json]) -> List[Json]:
+    """Pieces of reasoning_details -> whole ones; those of one index and type are one."""
+    joined: List[Json] = []
     for detail in details:
-        last = kept[-1] if kept else {}
+        last = joined[-1] if joined else {}
         other_id = detail.get("id") and last.get("id") not in (None, detail["id"])
         if any(last.get(key) != detail.get(key) for key in ("type", "index")) or (
                 detail.get("type") == "reasoning.encrypted" or other_id or last.get("signature")):
-            kept.append(dict(detail))
-            continue
+            joined.append({})
         for key, value in detail.items():
-            if key in ("text", "summary") and isinstance(last.get(key), str):
-                last[key] += value or ""
-            elif value is not None:
-                last[key] = value
+            if key in ("text", "summary") and isinstance(value, str):
+                joined[-1].setdefault(key, []).append(value)
+            elif value is not None or key not in joined[-1]:
+                joined[-1][key] = value
+    return [{key: "".join(value) if key in ("text", "summary") and isinstance(value, list)
+             else value for key, value in detail.items()} for detail in joined]
 
 
 def openai_sources(annotations: Sequence[Json]) -> Json:
@@ -2743,12 +2781,12 @@ class MessageEmitter:
         self.usage.update((k, v) for k, v in (chunk.get("usageMetadata") or {}).items()
                           if v is not None)
         feedback = chunk.get("promptFeedback") or {}
-        self._block_reason = feedback.get("blockReason") or self._block_reason
+        self._block_reason = str(feedback.get("blockReason") or self._block_reason)[:50]
         candidate = next((c for c in chunk.get("candidates") or () if not c.get("index")), {})
         for part in (candidate.get("content") or {}).get("parts") or ():
             self._part(part)
         self.finish_reason = finish_name(candidate.get("finishReason")) or self.finish_reason
-        self._finish_message = str(candidate.get("finishMessage") or self._finish_message)
+        self._finish_message = str(candidate.get("finishMessage") or self._finish_message)[:1000]
         self._grounding = candidate.get("groundingMetadata") or self._grounding
 
     def again(self) -> None:
@@ -2850,7 +2888,7 @@ class MessageEmitter:
         name, args = call.get("name"), call.get("args") or {}
         if not isinstance(args, dict):
             raise TypeError("arguments that are no object")
-        seen = (call.get("id"), name, json.dumps(args))
+        seen = (call.get("id"), name, upstream_json(args))
         if not name or (self._single_call and self.calls) or seen in self._seen_calls:
             return
         if call.get("id"):
@@ -2870,7 +2908,7 @@ class MessageEmitter:
     def _tool_use(self, block: Json, args: Json) -> None:
         """A whole call, of the client's tools or of the server's."""
         self._open_block(dict(block, input={}, caller={"type": "direct"}))
-        self._delta({"type": "input_json_delta", "partial_json": dump_json(args).decode("ascii")})
+        self._delta({"type": "input_json_delta", "partial_json": upstream_json(args)})
         self._close()
         self.answered = True
 
@@ -2961,6 +2999,14 @@ class MessageEmitter:
                           usage.get("candidatesTokenCount", 0) + thoughts, thoughts, searches)
 
 
+def upstream_json(value: Any) -> str:
+    """JSON of what an upstream has sent; ValueError if that cannot be written."""
+    try:
+        return dump_json(value).decode("ascii")
+    except ProxyError:
+        raise ValueError("a number that JSON does not have, or too deep a nesting") from None
+
+
 def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, thinking_tokens: int = 0,
                searches: int = 0) -> Json:
     """Anthropic's usage object with all fields that its published schema requires."""
@@ -2977,7 +3023,7 @@ def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, think
 def finish_name(reason: Any) -> str:
     if isinstance(reason, int):
         return FINISH_REASON_NAMES[reason] if 0 <= reason < len(FINISH_REASON_NAMES) else "OTHER"
-    return "" if reason in (None, "FINISH_REASON_UNSPECIFIED") else str(reason)
+    return "" if reason in (None, "FINISH_REASON_UNSPECIFIED") else str(reason)[:50]
 
 
 def has_finish(batch: Sequence[Json]) -> bool:
@@ -3015,7 +3061,7 @@ def repair_arguments(args: Json, schema: Json) -> Json:
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return args
-    required = _list(schema, "required")
+    required = set(filter(_is_text, _list(schema, "required")))
     out = {}
     for name, value in args.items():
         prop = properties.get(name)
@@ -3079,34 +3125,42 @@ def events_from_gemini(chunks: Iterable[Json], emitter: MessageEmitter) -> Itera
 def message_from_events(events: Iterable[Json]) -> Json:
     """Events -> the Message that a client builds from them; this is the answer to stream: false."""
     message: Json = {}
-    partial = ""
+    pieces: List[str] = []  # of the open block's text, thinking or input
     for event in events:
         kind = event["type"]
         if kind == "message_start":
             message = dict(event["message"], content=[])
         elif kind == "content_block_start":
             block = dict(event["content_block"])
+            block.update({"citations": []} if "citations" in block else {})
             message["content"].append(block)
-            partial = ""
+            pieces = []
         elif kind == "content_block_delta":
-            delta = event["delta"]
-            if delta["type"] == "text_delta":
-                block["text"] += delta["text"]
-            elif delta["type"] == "thinking_delta":
-                block["thinking"] += delta["thinking"]
-            elif delta["type"] == "signature_delta":
-                block["signature"] = delta["signature"]
-            elif delta["type"] == "citations_delta":
-                block["citations"] = block["citations"] + [delta["citation"]]
+            add_delta(block, pieces, event["delta"])
+        elif kind == "content_block_stop" and pieces:
+            whole = "".join(pieces)
+            if block["type"] in ("text", "thinking"):
+                block[block["type"]] = whole
             else:
-                partial += delta["partial_json"]
-        elif kind == "content_block_stop" and partial:
-            block["input"] = json.loads(partial)
+                block["input"] = json.loads(whole)
         elif kind == "message_delta":
             message.update(event["delta"], usage=dict(message["usage"], **event["usage"]))
             if "context_management" in event:
                 message["context_management"] = event["context_management"]
     return message
+
+
+DELTA_TEXTS = {"text_delta": "text", "thinking_delta": "thinking",
+               "input_json_delta": "partial_json"}
+
+
+def add_delta(block: Json, pieces: List[str], delta: Json) -> None:
+    if delta["type"] == "signature_delta":
+        block["signature"] = delta["signature"]
+    elif delta["type"] == "citations_delta":
+        block["citations"].append(delta["citation"])
+    else:
+        pieces.append(delta[DELTA_TEXTS[delta["type"]]])
 
 
 # ---- 9. Wire formats (pure) -----------------------------------------------------------------
@@ -3134,7 +3188,9 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
+        if number == 0 and piece.startswith(BYTE_ORDER_MARK):
+            piece = piece[len(BYTE_ORDER_MARK):]
         if b"\n" not in piece:
             held.append(piece)
             continue
@@ -3148,13 +3204,13 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
             elif not line and data:
                 batch += _objects(b"\n".join(data))
                 data = []
-            elif line and not line.startswith((b":", b"event:", b"id:", b"retry:")):
+            elif bare or line.startswith((b"{", b"[")):  # other fields are passed over
                 bare.append(line)
         if batch:
             yield batch
     last = b"".join(held)
     data += [last[5:]] if last.startswith(b"data:") else []
-    bare += [last] if not last.startswith(b"data:") else []
+    bare += [last] if bare or last.startswith((b"{", b"[")) else []
     batch = _objects(b"\n".join(data)) + _objects(b"\n".join(bare))
     if batch:
         yield batch
@@ -3189,7 +3245,7 @@ def _objects(raw: bytes) -> List[Json]:
     """A JSON object, or the objects of a JSON list; an OpenAI-style [DONE] is one, too."""
     if raw.strip() in (b"", b"[DONE]"):
         return [STREAM_DONE] if raw.strip() else []
-    value = json.loads(raw.decode("utf-8"))
+    value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, dict) for item in items):
         raise ValueError("an object was expected")
@@ -4192,11 +4248,14 @@ class Upstream:
         if response.status == 401:
             with self._lock:
                 self._token = ""
+        raise self._response_error(response, exchange)  # no variable: it would hold this frame
+
+    def _response_error(self, response: Response, exchange: Exchange) -> ProxyError:
         error = self._error(response.status, response.read(100000), exchange)
         wait = response.fields.get("retry-after", "")
         if error.status == 429 and error.should_retry is None and wait.isdecimal():
             error.retry_after = float(wait[:9])
-        raise error
+        return error
 
     def _checked(self, chunks: List[Any], exchange: Exchange) -> List[Json]:
         """The chunks, unless one is or holds an error object, as they come in a 200, too."""
