@@ -168,7 +168,7 @@ def google_error(raw: Any) -> Json:
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {"message": _MARKUP.sub(" ", raw[:3000].decode("utf-8", "replace"))}
     while isinstance(raw, list) and raw:
         raw = raw[0]
@@ -337,7 +337,8 @@ def parse_secret(value: str) -> str:
     return ",".join(keys)
 
 
-parse_host = matching(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252})|[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9]{1,15})?",
+parse_host = matching(r"(?=.{1,253}$)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*"
+                      r"|(?=.{2,45}$)[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}",
                       "be a host name or an IP address")
 parse_url = matching(r"https?://[^/?#@\s]+(/[^?#@\s]*)?",
                      "look like https://host/v1beta, with http or https and a version",
@@ -516,7 +517,7 @@ class Config:
             raise ValueError("UPSTREAM=%s needs %s" % (self.upstream, NEEDED_KEYS[self.upstream]))
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
-                             "or leave HOST at 127.0.0.1" % self.host)
+                             "or leave HOST at 127.0.0.1" % SECRETS.sub("[key]", self.host))
         for name in self.fallback_models + (self.big_model,):
             try:
                 route_to(name or "gemini", self)
@@ -609,13 +610,15 @@ def powershell_quote(text: str) -> str:
     """PowerShell ends a text at five kinds of quotation mark; two of them stand for one.
     https://learn.microsoft.com/powershell/module/microsoft.powershell.core/about/
     about_quoting_rules (read 2026-11-24)"""
+    if re.search("[\r\n]", text):  # the README's command reads line by line
+        raise ValueError("PowerShell takes no line break in %s" % json.dumps(text))
     return "'%s'" % re.sub("(['\u2018\u2019\u201a\u201b])", r"\1\1", text)
 
 
 def cmd_quote(text: str) -> str:
     """What stands between the quotation marks of `set "NAME=value"`; cmd has no escape for the
     characters that end them or begin a variable."""
-    if re.search(r'["%!\x00-\x1f]', text):
+    if re.search(r'["%!\r\n\0]', text):
         raise ValueError("cmd has no way to write %s: use powershell" % json.dumps(text))
     return text
 
@@ -650,7 +653,8 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
             parser.error("env takes " + ", ".join(SHELLS))
     if unknown:  # not shown whole: it may be a key
         parser.error("not understood: %s (keys are not taken here, see below --help)" % (
-            unknown[0].partition("=")[0] if unknown[0].startswith("-") else "an argument"))
+            SECRETS.sub("[key]", unknown[0].partition("=")[0])
+            if unknown[0].startswith("-") else "an argument"))
     return command, vars(flags), after
 
 
@@ -697,8 +701,30 @@ def read_setting(row: dataclasses.Field, name: str, text: Optional[str],
         return row.metadata["parse"](value) if value else None
     except ValueError as exc:
         reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
-        shown = "" if row.metadata["secret"] else ", not %r" % text
+        # a long one may be a key, or hold a password
+        shown = ", not %r" % text if len(text) <= 20 and not row.metadata["secret"] else ""
         raise ValueError("%s %s%s" % (name, reason, shown)) from None
+
+
+def misspelled(dotenv: Mapping[str, str]) -> Iterator[Tuple[str, str]]:
+    """-> (name, the setting that it is one slip away from), for names that are no setting's"""
+    known = [name for row in dataclasses.fields(Config) for name, _ in environment_names(row)]
+    for name in dotenv:
+        near = [other for other in known if is_one_slip(name, other)]
+        if near and name not in known:
+            yield name, near[0]
+
+
+def is_one_slip(given: str, meant: str) -> bool:
+    """Whether one letter was left out, added, changed, or put behind its neighbour."""
+    for i in range(len(meant) + 1):
+        head, tail, left = meant[:i], meant[i:], given[i:]
+        if given[:i] != head:
+            return False
+        if tail[1:] in (left, left[1:]) or tail == left[1:] or (
+                len(tail) > 1 and tail[1] + tail[0] + tail[2:] == left):
+            return True
+    return False
 
 
 def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
@@ -3188,13 +3214,16 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
-    for number, piece in enumerate(pieces):
-        if number == 0 and piece.startswith(BYTE_ORDER_MARK):
-            piece = piece[len(BYTE_ORDER_MARK):]
+    is_first = True
+    for piece in pieces:
         if b"\n" not in piece:
             held.append(piece)
             continue
-        lines = (b"".join(held) + piece).split(b"\n")
+        whole = b"".join(held) + piece
+        if is_first and whole.startswith(BYTE_ORDER_MARK):
+            whole = whole[len(BYTE_ORDER_MARK):]
+        is_first = False
+        lines = whole.split(b"\n")
         held = [lines.pop()]
         batch: List[Json] = []
         for line in lines:
@@ -6093,6 +6122,8 @@ def read_dotenv() -> Dict[str, str]:
         found = parse_dotenv(raw.decode("utf-8-sig"))
         if raw.strip() and not found:
             raise ValueError("it holds no NAME=value line")
+        for name, meant in misspelled(found):
+            complain("%s in .env is no setting: %s?" % (name, meant))
         return found
     except FileNotFoundError:
         return {}
@@ -6138,5 +6169,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     return check_setup(server) if command == "check" else serve(server, flags["demo"])
 
 
+def flush_outputs() -> None:
+    """Let no closed pipe turn the exit status into 120, or print a traceback."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (AttributeError, OSError, ValueError):
+            setattr(sys, name, None)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_status = main()
+    flush_outputs()
+    sys.exit(exit_status)
