@@ -93,6 +93,7 @@ ERROR_TYPES = {
 }
 
 
+@dataclass(eq=False)
 class ProxyError(Exception):
     """An error that a client can be told, in Anthropic's terms.
 
@@ -101,23 +102,23 @@ class ProxyError(Exception):
     (header `x-should-retry`).
     """
 
-    def __init__(self, status: int, message: str, retry_after: Optional[float] = None,
-                 should_retry: Optional[bool] = None, transient: bool = False,
-                 code: str = "") -> None:
-        super().__init__(message)
-        self.status = status
-        self.type = ERROR_TYPES.get(status, "invalid_request_error")
-        self.message = message
-        self.retry_after = retry_after
-        self.should_retry = should_retry
-        self.transient = transient
-        self.code = code
+    status: int
+    message: str
+    retry_after: Optional[float] = None
+    should_retry: Optional[bool] = None
+    transient: bool = False
+    code: str = ""
+
+    def __str__(self) -> str:
+        return self.message
+
+    @property
+    def type(self) -> str:
+        return ERROR_TYPES.get(self.status, "invalid_request_error")
 
     def copy(self) -> "ProxyError":
-        """The same without a traceback: one in a variable would keep its frames, and in them the
-        request, in memory."""
-        return ProxyError(self.status, self.message, self.retry_after, self.should_retry,
-                          self.transient, self.code)
+        """The same without a traceback, whose frames would keep the request in memory."""
+        return dataclasses.replace(self)
 
     def headers(self) -> Dict[str, str]:
         out = {}
@@ -178,11 +179,10 @@ def google_error(raw: Any) -> Json:
 
 def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] = (),
                    name: str = "Gemini", setting: str = "GEMINI_API_KEY") -> ProxyError:
-    """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError, without
+    """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError without
     the keys that upstream may quote. `name` is the upstream's, `setting` has its key.
 
-    Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recorded
-    bodies.
+    Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recordings.
     """
     error = google_error(raw)
     message, details = error_text(error, keys), _dicts(error.get("details"))
@@ -220,8 +220,8 @@ def _dicts(value: Any) -> List[Json]:
 
 
 def _failure(status: int, message: str, details: str, name: str) -> ProxyError:
-    """Overload, faults, and a 400 in the wording that Anthropic's clients act on: they compact, or
-    drop the medium."""
+    """Overload, faults, and a 400 worded as Anthropic's clients expect it before they compact or
+    drop a medium."""
     overflow = _OVERFLOW.search(message)
     limit, tokens = overflow_numbers(overflow) if overflow else (0, 0)
     if status in (502, 503, 529):
@@ -241,7 +241,7 @@ def _failure(status: int, message: str, details: str, name: str) -> ProxyError:
 
 
 def overflow_numbers(overflow: Any) -> Tuple[int, int]:
-    """-> (limit, tokens, or one more than the limit if they are not told)"""
+    """-> (limit, tokens, or one more than the limit if they are not given)"""
     found = {name[:-1]: int(value) for name, value in sorted(overflow.groupdict().items())
              if value}  # of two, the second is that of the prompt alone
     return found["limit"], found.get("tokens", found["limit"] + 1)
@@ -250,8 +250,7 @@ def overflow_numbers(overflow: Any) -> Tuple[int, int]:
 def _quota_error(message: str, details: Sequence[Json], name: str, code: str) -> ProxyError:
     """A 429: short waits become retry-after; with a daily quota or a limit of 0 waiting is no use.
 
-    RetryInfo is misleading on daily quotas (hours, and still blocked after), so it is not passed
-    on.
+    RetryInfo is not passed on for daily quotas: it says hours, and they are still used up then.
     """
     violations = [violation for detail in details for violation in _dicts(detail.get("violations"))]
     quota_ids = " ".join(str(v.get("quotaId")) for v in violations)
@@ -262,8 +261,8 @@ def _quota_error(message: str, details: Sequence[Json], name: str, code: str) ->
     if limits == {"0"}:
         return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
                           should_retry=False)
-    if ("PerDay" in quota_ids or "Daily" in quota_ids or code == "insufficient_quota"
-            or re.search("per.day", message)):
+    is_daily = re.search("PerDay|Daily", quota_ids) or re.search("per.day", message)
+    if is_daily or code == "insufficient_quota":
         return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
                           should_retry=False)
     return ProxyError(429, "%s's rate limit: %s" % (name, message),
@@ -286,7 +285,7 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
 
 @contextlib.contextmanager
 def malformed_chunks() -> Iterator[None]:
-    """Chunks are taken as documented; what breaks on one that is not becomes one clear error."""
+    """Make one clear error of what fails on a chunk that is not as documented."""
     try:
         yield
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
@@ -436,18 +435,14 @@ class Config:
     gemini_auth_type: str = setting("api-key", "api-key (x-goog-api-key) or bearer (Authorization)",
                                     one_of("api-key", "bearer"))
     gemini_token_command: str = setting(
-        "", "command that prints a bearer token; run without a shell, again after a 401",
-        secret=True, dotenv=False)
+        "", "command, without a shell, that prints a bearer token", secret=True, dotenv=False)
     upstream: str = setting(
-        "", "gemini, openai, openrouter or anthropic, for names that say nothing else (empty: the "
-            "first of them that has a key)", one_of("gemini", "openai", "openrouter", "anthropic"))
-    openrouter_api_key: str = setting(
-        "", "OpenRouter key, or several separated by commas", parse_secret, secret=True)
-    openai_api_key: str = setting(
-        "", "key of the OpenAI-compatible server, or several", parse_secret, secret=True)
+        "", "default upstream, for names without a prefix: gemini, openai, openrouter or anthropic "
+            "(empty: the first with a key)", one_of("gemini", "openai", "openrouter", "anthropic"))
+    openrouter_api_key: str = setting("", "OpenRouter key, or several", parse_secret, secret=True)
+    openai_api_key: str = setting("", "OPENAI_API_BASE key, or several", parse_secret, secret=True)
     openai_api_base: str = setting(
-        "", "an OpenAI-compatible server, with its version (empty: OpenRouter's with an OpenRouter "
-            "key alone, else https://api.openai.com/v1)", parse_url)
+        "", "OpenAI-compatible server, with its version (empty: OpenRouter or OpenAI)", parse_url)
     anthropic_api_key: str = setting(
         "", "Anthropic's own, for anthropic/ models as they are", parse_secret, secret=True)
     host: str = setting(
@@ -457,52 +452,41 @@ class Config:
                         also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[1]})
     proxy_auth_token: str = setting(
         "", "token that clients must send, as x-api-key or Bearer", parse_secret, secret=True)
-    client_keys: bool = setting(
-        False, "true: each client's token is its own Gemini key", parse_bool)
-    default_gemini_model: str = setting(
-        "gemini-3.8-flash", "model for every name that nothing else maps")
-    big_model: str = setting(
-        "", "model for opus, sonnet and newer tiers (empty: DEFAULT_GEMINI_MODEL)")
+    client_keys: bool = setting(False, "true: a client's token is its own Gemini key", parse_bool)
+    default_gemini_model: str = setting("gemini-3.8-flash", "model for all other names")
+    big_model: str = setting("", "model for opus, sonnet and others (empty: DEFAULT_GEMINI_MODEL)")
     opus_model: str = setting(
         "", "model for opus alone", unless_claude, env="ANTHROPIC_DEFAULT_OPUS_MODEL")
     sonnet_model: str = setting(
         "", "model for sonnet alone", unless_claude, env="ANTHROPIC_DEFAULT_SONNET_MODEL")
     small_model: str = setting("gemini-3.5-flash-lite", "model for haiku",
                                also={"ANTHROPIC_DEFAULT_HAIKU_MODEL": unless_claude})
-    anthropic_model: str = setting(
-        "", "model for everything, whatever the client asks for", unless_claude)
+    anthropic_model: str = setting("", "model for every request", unless_claude)
     model_map: Tuple[Tuple[str, str], ...] = setting(
         (), "name=model,... or JSON; * is a wildcard; before the tiers", parse_model_map)
     fallback_models: Tuple[str, ...] = setting(
         (), "models tried in order on quota, overload and not-found", parse_names)
     prices: Tuple[Tuple, ...] = setting(
-        (), "model=input/output/cached,... or JSON, in USD per million tokens; before the built-in "
-            "prices", parse_prices)
-    budget_usd: float = setting(
-        0.0, "what may be spent before requests are refused (0: no limit)", parse_usd)
+        (), "model=input/output/cached,... or JSON, in USD per million tokens", parse_prices)
+    budget_usd: float = setting(0.0, "cost at which requests are refused (0: never)", parse_usd)
     stream_mode: str = setting(
         "live", "live, or replay: whole answers sent as a stream", one_of("live", "replay"),
-        also=dict.fromkeys(("FORCE_DISABLE_STREAMING", "EMERGENCY_DISABLE_STREAMING"),
-                           replay_if_true))
-    ping_interval: float = setting(
-        15.0, "seconds of quiet after which a stream gets a ping", parse_seconds)
-    request_timeout: float = setting(
-        300.0, "seconds of upstream silence before giving up", parse_seconds)
+        also={name + "_DISABLE_STREAMING": replay_if_true for name in ("FORCE", "EMERGENCY")})
+    ping_interval: float = setting(15.0, "seconds of silence before a ping is sent", parse_seconds)
+    request_timeout: float = setting(300.0, "seconds of upstream silence allowed", parse_seconds)
     max_retries: int = setting(2, "times that a failed or empty answer is asked for again",
                                whole(0), also={"MAX_STREAMING_RETRIES": str})
     max_tokens_default: int = setting(32768, "max_tokens when the client sends none", whole(1))
     max_tokens_limit: int = setting(60000, "larger max_tokens are capped to this", whole(1))
     signature_cache_size: int = setting(100000, "thought signatures kept in memory", whole(1))
-    signature_cache_ttl: float = setting(
-        3600.0, "seconds one is kept after its last use", parse_seconds)
+    signature_cache_ttl: float = setting(3600.0, "seconds kept after the last use", parse_seconds)
     signature_cache_bytes: int = setting(64 << 20, "bytes that all of them may take", whole(1))
     max_body_bytes: int = setting(32 << 20, "largest request body", whole(1))
     max_connections: int = setting(512, "connections served at once; one more gets a 529", whole(1))
     log_level: str = setting("info", "debug, info, warning or error",
                              one_of("debug", "info", "warning", "error"))
     log_format: str = setting("text", "text, or json: one object a line", one_of("text", "json"))
-    log_file: str = setting("", "file for the log instead of stderr; with run, nowhere if empty",
-                            dotenv=False)
+    log_file: str = setting("", "log file (empty: stderr; with run, none)", dotenv=False)
     debug: bool = setting(False, "true: log both bodies, cut and without keys", parse_bool)
 
     def __post_init__(self) -> None:
@@ -540,7 +524,7 @@ class Config:
 
     @functools.cached_property
     def upstreams(self) -> Tuple[str, ...]:
-        """Those that are configured, the first one for names that say nothing else."""
+        """Those that are configured; the first is for model names without a prefix."""
         found, first = self.configured, self.upstream
         if first == "openai" and first not in found and "openrouter" in found:
             first = "openrouter"
@@ -574,25 +558,22 @@ def shown_default(row: dataclasses.Field) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """A flag for each setting that is no secret: every local user can see a command line."""
-    secrets_help, flags = "", []
-    for row in dataclasses.fields(Config):
-        names = ", ".join(name for name, _ in environment_names(row))
-        if row.metadata["secret"]:
-            secrets_help += "  %s: %s\n" % (names, row.metadata["help"])
-        else:
-            flags.append((row, "%s [%s; default %s]" % (row.metadata["help"], names,
-                                                        shown_default(row))))
     parser = argparse.ArgumentParser(
         prog="claude_gemini_proxy.py", allow_abbrev=False,
         usage="%(prog)s [options] [serve | run CLIENT [ARGS] | env [SHELL] | check]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Run Claude Code and other Anthropic clients on Google Gemini.",
         epilog="Precedence: flag > environment > .env in the working directory > default.\n"
-               "From the environment or .env only:\n" + secrets_help)
+               "From the environment or .env only:\n")
     parser.add_argument("--demo", action="store_true",
                         help="answer from a built-in model: no key, no network")
     parser.add_argument("--version", action="version", version="claude_gemini_proxy " + __version__)
-    for row, text in flags:
+    for row in dataclasses.fields(Config):
+        names, text = ", ".join(dict(environment_names(row))), row.metadata["help"]
+        if row.metadata["secret"]:
+            parser.epilog += "  %s: %s\n" % (names, text)
+            continue
+        text = "%s [%s; default %s]" % (text, names, shown_default(row))
         optional = {"nargs": "?", "const": "true"} if isinstance(row.default, bool) else {}
         parser.add_argument(flag_of(row), metavar="X", help=text.replace("%", "%%"), **optional)
     return parser
@@ -636,8 +617,8 @@ SHELLS = {  # how each one sets a variable, removes one, and quotes
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's."""
     position = next((i for i, word in enumerate(argv) if word in COMMANDS), len(argv))
-    before, command, after = list(argv[:position]), "serve", list(argv[position + 1:])
     command = argv[position] if position < len(argv) else "serve"
+    before, after = list(argv[:position]), list(argv[position + 1:])
     parser = build_parser()
     if command == "run":
         flags, unknown = parser.parse_known_args(before)
@@ -646,16 +627,21 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
         elif after and after[0].startswith("-"):
             parser.error("flags of the proxy stand before run, the client behind it")
     else:
-        flags, unknown = parser.parse_known_args(before + after)
-        after = [word for word in unknown if command == "env" and word in SHELLS]
-        unknown = [word for word in unknown if word not in after]
-        if command == "env" and unknown and not unknown[0].startswith("-"):
-            parser.error("env takes " + ", ".join(SHELLS))
-    if unknown:  # not shown whole: it may be a key
-        parser.error("not understood: %s (keys are not taken here, see below --help)" % (
-            SECRETS.sub("[key]", unknown[0].partition("=")[0])
-            if unknown[0].startswith("-") else "an argument"))
+        shells = SHELLS if command == "env" else ()
+        flags, rest = parser.parse_known_args(before + after)
+        after = [word for word in rest if word in shells]
+        unknown = [word for word in rest if word not in shells]
+    if unknown:
+        parser.error(not_understood(command, unknown[0]))
     return command, vars(flags), after
+
+
+def not_understood(command: str, word: str) -> str:
+    """What is wrong with an argument. It is not shown whole: it may be a key."""
+    if command == "env" and not word.startswith("-"):
+        return "env takes " + ", ".join(SHELLS)
+    return "not understood: %s (keys are not taken here, see below --help)" % (
+        SECRETS.sub("[key]", word.partition("=")[0]) if word.startswith("-") else "an argument")
 
 
 def parse_dotenv(text: str) -> Dict[str, str]:
@@ -776,8 +762,6 @@ MODEL_RULES = (
                "gemini-flash-lite-latest"), 3, ("MINIMAL", "LOW", "MEDIUM", "HIGH"), (0, 0), False),
     ModelRule(("",), 3, ("LOW", "MEDIUM", "HIGH"), (0, 0), False),
 )
-
-
 INPUT_LIMIT, OUTPUT_LIMIT = 1048576, 65536
 LISTED_MODELS = (  # https://ai.google.dev/gemini-api/docs/models (read 2026-11-20)
     ("gemini-3.8-flash", "Gemini 3.8 Flash", "2026-09-02"),
@@ -807,8 +791,8 @@ class Route(NamedTuple):
 
 
 class NameRule(NamedTuple):
-    """Names that tell their upstream. The rule counts if that upstream is configured; what the
-    parentheses of `pattern` hold is the model's name there."""
+    """Names with a prefix for an upstream, if that is configured. The group of `pattern` is the
+    model's name there."""
 
     names: str
     upstream: str
@@ -816,9 +800,8 @@ class NameRule(NamedTuple):
 
 
 _VENDOR, _REST = r"~?[A-Za-z0-9][\w.-]*", r"[A-Za-z0-9][\w./@:-]*"
-# The first rule that fits wins. A `claude-` before a name is passed over: under such names
-# /v1/models offers all models, as Claude Code shows no others. FIRST is the upstream for names that
-# tell none.
+# The first rule that fits wins. A `claude-` before a name is ignored: /v1/models lists all models
+# with it, as Claude Code shows no others. FIRST is the upstream for names without a prefix.
 FIRST = "first"
 NAME_RULES = (
     NameRule("openrouter/NAME", "openrouter", "openrouter/(%s)" % _REST),
@@ -867,7 +850,7 @@ def bare_name(name: str) -> str:
 
 
 def route_by_name(name: str, config: Config) -> Optional[Route]:
-    """The route that the name itself tells, by NAME_RULES."""
+    """The route by a name's prefix (NAME_RULES)."""
     first = config.upstreams[0]
     name = name[7:] if name.startswith("claude-") else name
     for rule in NAME_RULES:
@@ -908,8 +891,8 @@ def tier_model(name: str, config: Config) -> str:
     if config.small_model != Config.small_model:
         small = config.small_model
     if not _CLAUDE_NAME.search(tier):
-        return big if upstream == "gemini" else config.big_model or (
-            own if upstream == "openai" else big)
+        other = own if upstream == "openai" else big
+        return other if upstream == "gemini" else config.big_model or other
     big = config.big_model or big
     tiers = (("haiku", small), ("opus", config.opus_model or big),
              ("sonnet", config.sonnet_model or big))
@@ -948,11 +931,12 @@ TOKENS_LIMIT, COST_LIMIT = 10 ** 7, 1000.0  # what one answer can count or cost,
 
 def price_of(route: Route, config: Config, day: str, prompt_tokens: int = 0) -> Optional[Price]:
     """The price of a model on a day (2026-12-31), or None if it is not known."""
-    prices = (Price(*row) for row in config.prices + PRICES)
-    return next((price for price in prices
-                 if any(fnmatch.fnmatchcase(name, price.pattern)
-                        for name in (route.name, route.model))
-                 and prompt_tokens >= price.least and day <= (price.until or day)), None)
+    names = (route.name, route.model)
+    for price in (Price(*row) for row in config.prices + PRICES):
+        fits = any(fnmatch.fnmatchcase(name, price.pattern) for name in names)
+        if fits and prompt_tokens >= price.least and day <= (price.until or day):
+            return price
+    return None
 
 
 def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[float]:
@@ -1018,16 +1002,14 @@ def dump_json(value: Any) -> bytes:
             "The body holds a number too large for JSON, or is nested too deeply.") from None
 
 
-_KINDS = {str: "a string", int: "an integer", float: "a number",
-                           bool: "true or false",
-                           dict: "an object", list: "a list"}
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false",
+          dict: "an object", list: "a list"}
 _REQUEST_FIELDS = (
     ("model", (str,)), ("messages", (list,)), ("max_tokens", (int,)), ("system", (str, list)),
     ("stream", (bool,)), ("temperature", (float, int)), ("top_p", (float, int)), ("top_k", (int,)),
     ("stop_sequences", (list,)), ("tools", (list,)), ("tool_choice", (dict,)),
-    ("thinking", (dict,)),
-    ("output_config", (dict,)), ("output_format", (dict,)), ("metadata", (dict,)),
-)
+    ("thinking", (dict,)), ("output_config", (dict,)), ("output_format", (dict,)),
+    ("metadata", (dict,)))
 
 
 def expect(value: Any, kinds: Tuple[type, ...], path: str) -> Any:
@@ -1058,10 +1040,9 @@ def check_request(body: Any) -> Json:
         raise invalid("max_tokens: must be 1 or more")
     check_stops(body.get("stop_sequences") or [])
     container = body.get("container")
+    skills = container.get("skills") if isinstance(container, dict) else None
     for name, used in (("mcp_servers", body.get("mcp_servers")),
-                       ("compaction", body.get("compaction")),
-                       ("container.skills", isinstance(container, dict)
-                        and container.get("skills"))):
+                       ("compaction", body.get("compaction")), ("container.skills", skills)):
         if used:
             raise invalid("%s: needs Anthropic's own servers and is not supported here" % name)
     # on this code the SDKs' tool runners send the whole history (SDK 2.11.0)
