@@ -1002,6 +1002,11 @@ def dump_json(value: Any) -> bytes:
             "The body holds a number too large for JSON, or is nested too deeply.") from None
 
 
+def without(fields: Json, *names: str) -> Json:
+    """An object without some of its fields."""
+    return {name: value for name, value in fields.items() if name not in names}
+
+
 _KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false",
           dict: "an object", list: "a list"}
 _REQUEST_FIELDS = (
@@ -1063,15 +1068,13 @@ def check_stops(stops: List[Any]) -> None:
 # ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
 
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
-
-
-# Documented stand-in for a signature that is gone:
+# The documented dummy for a lost signature:
 # https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
 DUMMY_SIGNATURE = "skip_thought_signature_validator"
-# What a thinking block of ours carries in `signature`: that of the tool call behind it, or its own.
+# The `signature` of a thinking block: that of the tool call behind it, or the thought's own.
 CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
-# Before what an OpenAI-compatible upstream wants back, kept like a signature; its form of names,
-# and our ids that hold one of its own.
+# For OpenAI-compatible upstreams: the mark of what must be sent back, kept like a signature; the
+# form of tool names; ids of ours that contain one of theirs.
 OPENAI_RULE = ModelRule(("",), 0, (), (0, 0), True)  # of no generation of Gemini's
 OPENAI_MARK = "openai-"
 _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -1087,8 +1090,8 @@ class Call(NamedTuple):
 
 
 class History:
-    """The state of the fold over a conversation's turns: all that the translation of a turn knows
-    of the turns before it, and what they leave for the rest of the request."""
+    """The state of the fold over a conversation's turns: all that a turn's translation knows of the
+    turns before it, and what they leave for the rest of the request."""
 
     def __init__(self) -> None:
         self.session = ""                     # tells one conversation from another, for text_key
@@ -1103,14 +1106,14 @@ class History:
 
 
 class Translation:
-    """A request on its way into an upstream's form: the state of its history, the body that comes
-    out, and what is needed to read the answer."""
+    """A request in translation: the state of its history, the upstream's body, and what is needed
+    to read the answer."""
 
     def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]],
                  tool_name: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
         self.lookup = lookup
-        self.tool_name = tool_name            # the form that the upstream takes
+        self.tool_name = tool_name            # the upstream's form of tool names
         self.history = History()
         self.body: Json = {}
         self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
@@ -1119,21 +1122,21 @@ class Translation:
         self.single_call = False              # the client wants one tool call at a time
         self.notes: List[str] = []            # what was left out, for the log
         self.from_client = ""                 # signature in the thinking block before a call
-        self.place, self.inner = (0, 0), ""   # of the block in hand, for errors
+        self.place, self.inner = (0, 0), ""   # of the current block, for errors
 
     def takes(self, signature: str) -> bool:
         """Whether a signature comes from this kind of upstream; another one would refuse it."""
         return signature.startswith(OPENAI_MARK) == (self.rule.generation == 0)
 
     def path(self, field: str) -> str:
-        """The path of a field of the block in hand: messages[3].content[0].id"""
+        """The path of a field of the current block: messages[3].content[0].id"""
         return "messages[%d].content[%d]%s%s" % (self.place + (self.inner, field))
 
     def invalid(self, field: str, message: str) -> ProxyError:
         return ProxyError(400, "%s: %s" % (self.path(field), message))
 
     def expect(self, value: Any, kind: type, field: str) -> Any:
-        """Return the value of a field of the block in hand, if it is of this type."""
+        """Return the value of a field of the current block, if it is of this type."""
         return value if type(value) is kind else expect(value, (kind,), self.path(field))
 
 
@@ -1170,7 +1173,7 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     thinking_config = thinking_from(request, t, limit)
     format_hint, generation = answer_format(request, bool(functions or built_in), t.rule)
     generation.update(sampling(request, GEMINI_SAMPLING))
-    # Thoughts that the client did not ask for get head-room, so that a small limit still answers.
+    # Room for thoughts that the client did not ask for, so that a small limit still answers.
     headroom = 0 if t.thinking or t.rule.can_stop_thinking else THINKING_HEADROOM
     generation["maxOutputTokens"] = min(limit + headroom, OUTPUT_LIMIT)
     if thinking_config:
@@ -1195,11 +1198,13 @@ def read_history(request: Json, t: Translation) -> List[Json]:
     first_texts = (block.get("text") for turn in turns[:1] for _, block in turn.blocks)
     history.session = short_hash(str(next(first_texts, ""))[:4000])
     contents: List[Json] = []
-    for turn in turns:
-        add_content(contents, translate_turn(turn, t), t)
+    for turn in turns:  # the fold: each one moves `history` on
+        if turn.role == "user":
+            add_content(contents, "user", user_parts(turn.blocks, t), history)
+        else:
+            add_content(contents, "model", model_parts(turn.blocks, t), history)
     if history.role != "user" or history.calls:
-        end = user_parts([], t) or [{"text": CONTINUE}]
-        add_content(contents, {"role": "user", "parts": end}, t)
+        add_content(contents, "user", user_parts([], t) or [{"text": CONTINUE}], history)
     return contents
 
 
@@ -1276,27 +1281,17 @@ def blocks_of(content: Any, path: str) -> List[Json]:
     return content
 
 
-def translate_turn(turn: Turn, t: Translation) -> Json:
-    """One step of the fold: a turn -> its content, with `t.history` moved on."""
-    if turn.role == "user":
-        content = {"role": "user", "parts": user_parts(turn.blocks, t)}
-        t.history.calls = {}
-        return content
-    return {"role": "model", "parts": model_parts(turn.blocks, t)}
-
-
-def add_content(contents: List[Json], content: Json, t: Translation) -> None:
+def add_content(contents: List[Json], role: str, parts: List[Json], history: History) -> None:
     """Append a content, or its parts to one of the same role; the first one must be the user's."""
-    role, parts = content["role"], content["parts"]
     if not parts:
         return
-    if not t.history.role and role == "model":
+    if not history.role and role == "model":
         contents.append({"role": "user", "parts": [{"text": CONTINUE}]})
-    if role == t.history.role:
+    if role == history.role:
         contents[-1]["parts"] += parts
     else:
-        contents.append(content)
-    t.history.role = role
+        contents.append({"role": role, "parts": parts})
+    history.role = role
 
 
 def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
@@ -1311,7 +1306,7 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Js
         parts += MODEL_PARTS.get(block["type"], other_parts)(block, t)
     calls = [part for part in parts if "functionCall" in part]
     signed = [part for part in calls if "thoughtSignature" in part]
-    for part in signed[1:] if t.rule.generation else ():  # two steps that lost their border
+    for part in signed[1:] if t.rule.generation else ():  # two steps, merged into one
         del part["thoughtSignature"]
     if calls and not signed and t.rule.generation > 2:
         calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
@@ -1352,6 +1347,7 @@ def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Jso
             else:
                 beside.append(part)
         responses.append({"functionResponse": function_response})
+    t.history.calls = {}
     return responses + beside + others
 
 
@@ -1368,7 +1364,7 @@ def tool_result(block: Json, t: Translation) -> Tuple[str, Json, List[Json]]:
 
 
 def inner_parts(content: Any, field: str, t: Translation) -> List[Json]:
-    """The parts of the blocks in a field of the block in hand."""
+    """The parts of the blocks in a field of the current block."""
     parts: List[Json] = []
     outer = t.inner
     for j, block in enumerate(blocks_of(content, t.path(field))):
@@ -1398,8 +1394,8 @@ def text_key(text: str, session: str) -> str:
 
 
 def thinking_parts(block: Json, t: Translation) -> List[Json]:
-    """Take over the signature that a thinking block of ours carries. Its text goes back only where
-    the thought itself was signed. Signatures of other origin are dropped: Gemini refuses them."""
+    """Take the signature from a thinking block of ours. Its text is sent back only where the
+    thought itself was signed. Other signatures are dropped: Gemini refuses them."""
     signature = block.get("signature")
     if not isinstance(signature, str) or not signature.isascii():
         return []
@@ -1421,8 +1417,8 @@ def tool_use_parts(block: Json, t: Translation) -> List[Json]:
     if not name:
         raise t.invalid(".name", "a tool name is required")
     tool_use_id = t.expect(block.get("id") or "", str, ".id")
-    args = block.get("input")
-    args = args if isinstance(args, dict) else {} if args is None else {"value": args}
+    args = {} if block.get("input") is None else block["input"]
+    args = args if isinstance(args, dict) else {"value": args}
     call = Call(tool_use_id, call_id(tool_use_id, t), short_name(name, t.tool_name))
     t.history.calls[call.upstream_id] = call
     t.history.loaded.setdefault(name, True)
@@ -1439,12 +1435,12 @@ def tool_use_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def call_id(tool_use_id: str, t: Translation) -> str:
-    """The id of a call for the upstream: its own where ours holds it, else the client's where that
-    is plain, else a short stable one."""
+    """The id of a call for the upstream: its own where ours contains it, else the client's where
+    that is plain, else a short stable one."""
     own = _OPENAI_ID.fullmatch(tool_use_id) if t.rule.generation == 0 else None
     plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
     if own:
-        with contextlib.suppress(ValueError):  # somebody else's, then
+        with contextlib.suppress(ValueError):  # not one of ours
             padded = own.group(1) + "=" * (-len(own.group(1)) % 4)
             plain = base64.urlsafe_b64decode(padded).decode("utf-8")
     for other in (plain, "%s_%d" % (plain, len(t.history.calls))):
@@ -1472,7 +1468,7 @@ def short_hash(text: str) -> str:
 # https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
 RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
 URL_TYPES = {"png": "image/png", "webp": "image/webp", "heic": "image/heic",
-                              "pdf": "application/pdf", "txt": "text/plain"}
+             "pdf": "application/pdf", "txt": "text/plain"}
 MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
                ("application/pdf", b"%PDF"))
 
@@ -1509,8 +1505,8 @@ def media_part(source: Json, what: str, t: Translation) -> Json:
     default_type = "image/jpeg" if what == "image" else "application/pdf"
     kind = source.get("type")
     if kind == "file":
-        raise t.invalid(".source", "file ids need Anthropic's Files API, which is not there; send "
-                        "base64")
+        raise t.invalid(
+            ".source", "file ids need Anthropic's Files API, which is not there; send base64")
     if kind not in ("url", "base64"):
         raise t.invalid(".source.type", "must be base64 or url, not %s" % json.dumps(kind)[:80])
     if kind == "url":
@@ -1545,7 +1541,7 @@ def valid_base64(data: str, what: str, t: Translation) -> str:
 
 
 def image_type(data: str, t: Translation) -> str:
-    """The MIME type that the first bytes tell, or ""."""
+    """The MIME type by the first bytes, or ""."""
     try:
         head = base64.urlsafe_b64decode(data[:16].replace("+", "-").replace("/", "_"))
     except ValueError:
@@ -1571,8 +1567,8 @@ def server_result_parts(block: Json, t: Translation) -> List[Json]:
     content = block.get("content")
     results = _dicts(content)
     if any(result.get("url") for result in results):
-        return [{"text": "\n".join(["Sources found:"] + [
-            "- %s: %s" % (result.get("title"), result.get("url")) for result in results])}]
+        lines = ["- %s: %s" % (result.get("title"), result.get("url")) for result in results]
+        return [{"text": "\n".join(["Sources found:"] + lines)}]
     if isinstance(content, dict):
         for reference in _dicts(content.get("tool_references")):
             tool_reference_parts(reference, t)
@@ -1614,8 +1610,8 @@ def refused_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def other_parts(block: Json, t: Translation) -> List[Json]:
-    """Blocks that nobody knew when this was written are shown to the model as they are."""
-    return [{"text": json.dumps({k: v for k, v in block.items() if k != "cache_control"})}]
+    """Blocks of unknown types are shown to the model as they are."""
+    return [{"text": json.dumps(without(block, "cache_control"))}]
 
 
 USER_PARTS = {
@@ -1635,31 +1631,26 @@ MODEL_PARTS = {**USER_PARTS, "text": model_text_parts, "thinking": thinking_part
 
 
 # Anthropic's own client tools, declared as plain functions. Source: anthropic SDK 2.11.0.
+_TEXT = {"type": "string"}
 _EDITS = {
-    "path": {"type": "string"},
-    "file_text": {"type": "string", "description": "Whole text, for create."},
-    "old_str": {"type": "string"}, "new_str": {"type": "string"},
-    "insert_line": {"type": "integer"},
-    "insert_text": {"type": "string"},
+    "path": _TEXT, "file_text": dict(_TEXT, description="Whole text, for create."),
+    "old_str": _TEXT, "new_str": _TEXT, "insert_line": {"type": "integer"}, "insert_text": _TEXT,
     "view_range": {"type": "array", "items": {"type": "integer"}}}
 CLIENT_TOOLS = {
-    "bash_": ("Run a command in a persistent bash session.", {
-        "type": "object", "properties": {
-            "command": {"type": "string", "description": "The command to run."},
-            "restart": {"type": "boolean", "description": "Restart the session instead."}}}),
+    "bash_": ("Run a command in a persistent bash session.", {"type": "object", "properties": {
+        "command": dict(_TEXT, description="The command to run."),
+        "restart": {"type": "boolean", "description": "Restart the session instead."}}}),
     "text_editor_": ("View, create and edit text files.", {
         "type": "object", "required": ["command", "path"], "properties": dict(
-            _EDITS,
-            command={"type": "string", "enum": ["view", "create", "str_replace", "insert"]})}),
+            _EDITS, command=dict(_TEXT, enum=["view", "create", "str_replace", "insert"]))}),
     "memory_": ("Read and write files under /memories that outlive this conversation.", {
         "type": "object", "required": ["command"], "properties": dict(
-            _EDITS, old_path={"type": "string"}, new_path={"type": "string"}, command={
-                "type": "string",
-                "enum": ["view", "create", "str_replace", "insert", "delete", "rename"]})}),
+            _EDITS, old_path=_TEXT, new_path=_TEXT, command=dict(_TEXT, enum=[
+                "view", "create", "str_replace", "insert", "delete", "rename"]))}),
 }
 # Tools that run inside Gemini: prefix of Anthropic's type -> field of Gemini's Tool.
 SERVER_TOOLS = {"web_search_": "googleSearch", "web_fetch_": "urlContext",
-                                 "code_execution_": "codeExecution"}
+                "code_execution_": "codeExecution"}
 REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
 
 
@@ -1712,9 +1703,7 @@ def declared_tools(tools: Sequence[Json], t: Translation,
 
 
 def by_prefix(table: Mapping[str, Any], kind: str) -> Any:
-    """The row for a dated tool type such as web_search_20250305, or None; "custom" has none."""
-    if kind == "custom":
-        return None
+    """The row for a dated tool type such as web_search_20250305, or None."""
     return next((row for prefix, row in table.items() if kind.startswith(prefix)), None)
 
 
@@ -1729,11 +1718,11 @@ def declaration(tool: Json) -> Json:
 
 def search_hints(tools: Sequence[Json]) -> List[str]:
     """Domain lists of web_search as a sentence: Gemini's search has no field for them."""
-    return [sentence % ", ".join(map(str, tool[key])) for tool in tools
-            if str(tool.get("type")).startswith("web_search_")
-            for key, sentence in (("allowed_domains", "Search and cite only these sites: %s."),
-                                  ("blocked_domains", "Never search or cite these sites: %s."))
-            if isinstance(tool.get(key), list) and tool[key]]
+    sentences = (("allowed_domains", "Search and cite only these sites: %s."),
+                 ("blocked_domains", "Never search or cite these sites: %s."))
+    searches = [tool for tool in tools if str(tool.get("type")).startswith("web_search_")]
+    return [sentence % ", ".join(map(str, tool[key])) for tool in searches
+            for key, sentence in sentences if _list(tool, key)]
 
 
 def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str], choice: Json,
@@ -1746,7 +1735,8 @@ def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str],
         tool_config = function_calling(choice, names)
     if functions and built_in:
         tool_config["includeServerSideToolInvocations"] = True
-    return {key: value for key, value in (("tools", tools), ("toolConfig", tool_config)) if value}
+    fields = {"tools": tools, "toolConfig": tool_config}
+    return {name: value for name, value in fields.items() if value}
 
 
 def function_calling(choice: Json, names: Mapping[str, str]) -> Json:
@@ -1782,10 +1772,9 @@ def answer_format(request: Json, has_tools: bool, rule: ModelRule) -> Tuple[List
     return [hint + json.dumps(schema)], fields if rule.generation > 2 else {}
 
 
-EFFORT_LEVELS = {"minimal": "LOW", "low": "LOW", "medium": "MEDIUM",
-                                  "high": "HIGH", "xhigh": "HIGH", "max": "HIGH"}
-EFFORT_BUDGETS = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384,
-                                   "xhigh": 24576, "max": 32768}
+# effort -> (Gemini's level, thinking tokens where there are no levels)
+EFFORTS = {"minimal": ("LOW", 1024), "low": ("LOW", 2048), "medium": ("MEDIUM", 8192),
+           "high": ("HIGH", 16384), "xhigh": ("HIGH", 24576), "max": ("HIGH", 32768)}
 THINKING_HEADROOM = 8192
 
 
@@ -1794,30 +1783,37 @@ def thinking_from(request: Json, t: Translation, limit: int) -> Json:
 
     Thinking that is off wins over any effort; a model that cannot stop gets its lowest setting.
     """
-    thinking, rule = request.get("thinking") or {}, t.rule
+    rule = t.rule
     least, most = rule.budget
-    t.thinking = "omitted" if thinking.get("display") == "omitted" else "shown"
-    if thinking.get("type", "disabled") == "disabled" or not (rule.levels or most):
-        t.thinking = ""
+    t.thinking = shown_thinking(request) if rule.levels or most else ""
+    if not t.thinking:
         if rule.levels:
             return {"thinkingLevel": rule.levels[0]}
         return {"thinkingBudget": 0 if rule.can_stop_thinking else least} if most else {}
-    config: Json = {"includeThoughts": True}
-    effort, budget = asked_effort(request, t), thinking.get("budget_tokens")
+    budget = request["thinking"].get("budget_tokens")
     budget = budget if isinstance(budget, int) and budget > 0 else 0
+    level = "LOW" if budget <= 4096 else "MEDIUM" if budget <= 16384 else "HIGH"
+    level, wanted = EFFORTS.get(asked_effort(request, t), (level, budget))
+    config: Json = {"includeThoughts": True}
     if not rule.levels:  # -1 lets Gemini choose; else there must be room for an answer
-        wanted = EFFORT_BUDGETS.get(effort, budget)
         config["thinkingBudget"] = max(least, min(wanted, most, limit - 1024)) if wanted else -1
-    elif effort or budget:
-        by_budget = "LOW" if budget <= 4096 else "MEDIUM" if budget <= 16384 else "HIGH"
-        config["thinkingLevel"] = EFFORT_LEVELS.get(effort, by_budget)
+    elif wanted:
+        config["thinkingLevel"] = level
     return config
+
+
+def shown_thinking(request: Json) -> str:
+    """What the client is to get of thinking: "shown", "omitted", or "" where it is off."""
+    thinking = request.get("thinking") or {}
+    if thinking.get("type", "disabled") == "disabled":
+        return ""
+    return "omitted" if thinking.get("display") == "omitted" else "shown"
 
 
 def asked_effort(request: Json, t: Translation) -> str:
     """A known effort, of a system message or of the request; else ""."""
     effort = t.history.effort or (request.get("output_config") or {}).get("effort")
-    return effort if isinstance(effort, str) and effort in EFFORT_LEVELS else ""
+    return effort if isinstance(effort, str) and effort in EFFORTS else ""
 
 
 GEMINI_SAMPLING = {"temperature": "temperature", "top_p": "topP", "top_k": "topK",
@@ -2383,15 +2379,13 @@ def openai_choice(choice: Json, names: Mapping[str, str]) -> Json:
 
 def openai_reasoning(request: Json, t: Translation, dialect: str, limit: int) -> Json:
     """thinking and effort -> fields of the body; also sets `t.thinking`."""
-    thinking = request.get("thinking") or {}
-    off = thinking.get("type", "disabled") == "disabled"
-    t.thinking = "" if off else "omitted" if thinking.get("display") == "omitted" else "shown"
-    level = EFFORT_LEVELS.get(asked_effort(request, t), "").lower()
-    budget = thinking.get("budget_tokens")
+    t.thinking = shown_thinking(request)
+    level = EFFORTS.get(asked_effort(request, t), ("",))[0].lower()
     if dialect != "openrouter":
-        return {"reasoning_effort": level} if level and not off else {}
-    if off:
+        return {"reasoning_effort": level} if level and t.thinking else {}
+    if not t.thinking:
         return {"reasoning": {"enabled": False}}
+    budget = request["thinking"].get("budget_tokens")
     if level or not isinstance(budget, int):
         return {"reasoning": {"effort": level} if level else {"enabled": True}}
     return {"reasoning": {"max_tokens": max(1024, min(budget, limit - 1024))}}
