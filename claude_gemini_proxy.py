@@ -156,7 +156,6 @@ _OVERFLOW = re.compile(
     r"|contains (?P<tokens6>\d{1,15}) tokens.{1,60}?with (?P<limit6>\d{1,15}) maximum context")
 _RETRY_IN = re.compile(r"(?:re)?try (?:again )?in (?:(\d{1,4})h)?(?:(\d{1,4})m(?!s))?"
                        r"(\d{1,9}(?:\.\d+)?)(ms|s)")
-_MARKUP = re.compile(r"(?s)<(style|script|title)\b.*?</\1>|<[^>]+>")
 _BAD_IMAGE = re.compile(r"(?i)input image|image (?:is )?not valid|source image|thumbnailer")
 _BAD_PDF = re.compile(r"(?i)document has no pages|invalid pdf|process (?:the )?(?:pdf|document)")
 
@@ -170,11 +169,26 @@ def google_error(raw: Any) -> Json:
         try:
             raw = json.loads(raw)
         except (ValueError, RecursionError):
-            return {"message": _MARKUP.sub(" ", raw[:3000].decode("utf-8", "replace"))}
+            return {"message": visible_text(raw[:20000].decode("utf-8", "replace"))}
     while isinstance(raw, list) and raw:
         raw = raw[0]
     error = raw.get("error", raw) if isinstance(raw, dict) else raw
     return error if isinstance(error, dict) else {"message": str(error or "")}
+
+
+def visible_text(page: str) -> str:
+    """The text of an HTML page, or a text that is none."""
+    first, *pieces = page.split("<")
+    texts, skipped = [first], ""
+    for piece in pieces:
+        tag, _, text = piece.partition(">")
+        name = tag.partition(" ")[0].lower()
+        if name in ("style", "script", "title"):
+            skipped = "/" + name
+        elif name == skipped or not skipped:
+            skipped = ""
+            texts.append(text)
+    return " ".join(texts)
 
 
 def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] = (),
@@ -336,7 +350,7 @@ def parse_secret(value: str) -> str:
     return ",".join(keys)
 
 
-parse_host = matching(r"(?=.{1,253}$)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*"
+parse_host = matching(r"(?=.{1,253}$)(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}(?:\.(?!$)|$))+"
                       r"|(?=.{2,45}$)[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}",
                       "be a host name or an IP address")
 parse_url = matching(r"https?://[^/?#@\s]+(/[^?#@\s]*)?",
@@ -1694,7 +1708,8 @@ def declared_tools(tools: Sequence[Json], t: Translation,
             functions.append((declare(tool), tool))
             t.schemas[tool["name"]] = tool.get("input_schema")
         else:
-            t.notes.append("dropped the tool %s: unknown type %s" % (tool["name"], kind))
+            t.notes.append("dropped the tool %s: unknown type %s"
+                           % (tool["name"][:100], kind[:100]))
     if functions and built_in and t.rule.generation < 3:
         t.notes.append("dropped %s: the model takes it only without functions"
                        % ", ".join(built_in))
@@ -1840,7 +1855,7 @@ _TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object",
 _FORMATS = {"string": ("date-time",), "integer": ("int32", "int64"), "number": ("float", "double")}
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 20, 2000
 # References and alternatives can multiply a schema. What its result may cost, in characters.
-SCHEMA_GROWTH, SCHEMA_ALLOWANCE = 8, 4000
+SCHEMA_GROWTH, SCHEMA_ALLOWANCE = 6, 4000
 
 
 def to_gemini_schema(schema: Any, root: bool = False) -> Json:
@@ -3337,7 +3352,7 @@ class LRUCache:
     """A map for all threads that forgets what was used least recently."""
 
     def __init__(self, limit: int) -> None:
-        self._left = limit             # what all sizes together may still add up to
+        self._limit = self._left = limit  # what all sizes together may still add up to
         self._lock = threading.Lock()  # protects the map and what is left
         self._entries: "OrderedDict[Any, Tuple[Any, int]]" = OrderedDict()
 
@@ -3349,6 +3364,9 @@ class LRUCache:
             return self._entries[key][0]
 
     def put(self, key: Any, value: Any, size: int = 1) -> None:
+        """Keep a value, unless it alone would take more than a thirtieth of the room."""
+        if size > max(1, self._limit // 30):
+            return
         with self._lock:
             self._left += self._entries.pop(key, (None, 0))[1] - size
             self._entries[key] = (value, size)
@@ -3610,6 +3628,7 @@ def minute_sums(records: Sequence[Json]) -> Json:
 
 # ---- 11. HTTP to upstreams (I/O) ------------------------------------------------------------
 
+LOG_LINE_LIMIT = 10000  # characters
 HEAD_LIMIT = 1 << 16    # bytes of a request's or response's line and headers
 INTERIM_LIMIT = 10      # 1xx responses before the final one
 ANSWER_LIMIT = 1 << 26  # bytes of an upstream's answer, and so of a line in it
@@ -4347,6 +4366,7 @@ class Gemini(Upstream):
         super().__init__(config, opener, config.base("gemini"), config.keys)
         self._counting = threading.BoundedSemaphore(4)
         self._token_lock = threading.Lock()  # held while the command runs: it runs once for all
+        self._command_failed: Tuple[float, Any] = (0.0, None)
         self._strict_tools = False
 
     def first_body(self, exchange: Exchange) -> Json:
@@ -4392,8 +4412,7 @@ class Gemini(Upstream):
             return None
         finally:
             self._counting.release()
-        tokens = counted.get("totalTokens") if isinstance(counted, dict) else None
-        return tokens if isinstance(tokens, int) else None
+        return sane_counts(counted if isinstance(counted, dict) else {}).get("totalTokens")
 
     def list_models(self, client_key: str = "") -> Dict[str, Json]:
         """Source: https://ai.google.dev/api/models (read 2026-11-20)."""
@@ -4426,7 +4445,7 @@ class Gemini(Upstream):
         if not self._config.gemini_token_command:
             return super().rotate_key(error, exchange)
         exchange.key_changes += 1
-        return not self._token and exchange.key_changes == 1
+        return error.status == 403 and not self._token and exchange.key_changes == 1
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
@@ -4438,9 +4457,12 @@ class Gemini(Upstream):
     def _command_token(self, exchange: Exchange) -> str:
         """The token, from one run of the command for all who wait; each waits as long as its client
         does."""
+        began = time.monotonic()
         while not self._token_lock.acquire(timeout=0.5):
             exchange.check_client()
         try:
+            if self._command_failed[0] > began:  # while this one waited
+                raise self._command_failed[1].copy()
             if not self._token:
                 self._token = self._run_command(exchange)
             return self._token
@@ -4466,7 +4488,9 @@ class Gemini(Upstream):
         except (OSError, ValueError) as exc:
             reason = type(exc).__name__
         exchange.check_client()
-        raise ProxyError(500, "GEMINI_TOKEN_COMMAND failed: %s" % reason, should_retry=False)
+        self._command_failed = time.monotonic(), ProxyError(
+            500, "GEMINI_TOKEN_COMMAND failed: %s" % reason, should_retry=False)
+        raise self._command_failed[1].copy()
 
 
 class OpenAI(Upstream):
@@ -4804,6 +4828,27 @@ class Heartbeat:
 
 # ---- 14. HTTP server (I/O) ------------------------------------------------------------------
 
+class Secrets(logging.Filter):
+    """Takes keys and tokens out of log lines, and out of names that clients send."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._keys = [key for row in dataclasses.fields(Config) if row.metadata["secret"]
+                      for key in parse_names(getattr(config, row.name)) if len(key) > 7]
+
+    def hide(self, text: str) -> str:
+        for key in self._keys:
+            text = text.replace(key, "[key]")
+        return SECRETS.sub("[key]", text)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self.hide(record.getMessage()[:LOG_LINE_LIMIT]), None
+        if hasattr(record, "fields"):
+            record.fields = {name: self.hide(value) if isinstance(value, str) else value
+                             for name, value in record.fields.items()}
+        return True
+
+
 class ProxyServer(ThreadingHTTPServer):
     """A thread for each connection; the shared objects that handlers use hang here."""
 
@@ -4813,6 +4858,8 @@ class ProxyServer(ThreadingHTTPServer):
 
     def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
+        self.secrets = Secrets(config)
+        LOG.addFilter(self.secrets)
         self.metrics = Metrics()
         self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
                                          config.signature_cache_bytes)
@@ -4894,6 +4941,7 @@ class ProxyServer(ThreadingHTTPServer):
     def server_close(self) -> None:
         super().server_close()
         os.close(self._spare)
+        LOG.removeFilter(self.secrets)
         self.heartbeat.stop()
         self.upstream.close()
 
@@ -4943,6 +4991,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
             return
         self.reader.allow(self.head_seconds)
         super().handle_one_request()
+        self.stream = None  # an idle connection holds nothing of its last request
         self.server.connections.wait(self.connection)
 
     def parse_request(self) -> bool:
@@ -5170,8 +5219,8 @@ class ProxyHandler(HTTPHandler):
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%s %s: %d %s",
                     self.request_id, self.command, error.status, error.message)
         if self.admitted and not self.logged:  # strangers could crowd out the others
-            self.server.traffic.add({"status": error.status,
-                                     "requested": self.path.partition("?")[0][:100]})
+            self.server.traffic.add({"status": error.status, "requested": self.server.secrets.hide(
+                self.path.partition("?")[0][:100])})
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
@@ -5293,7 +5342,7 @@ class ProxyHandler(HTTPHandler):
         if usage.get("promptTokenCount"):
             server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         # what no upstream has answered for may be any name, and there are many
-        model = ("model", exchange.model if usage or status == 200 else "-")
+        model = ("model", fields["model"] if usage or status == 200 else "-")
         counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
         counts += [("cost_usd_total", cost, (model,))] if cost is not None else []
         counts += [("tokens_total", usage[name], (("kind", kind), model))
@@ -5306,8 +5355,11 @@ class ProxyHandler(HTTPHandler):
         first = self.stream.first_event_at if self.stream else 0.0
         costs = [cost_of(each, exchange.route, self.server.config, today())
                  for each in emitter.spent + [emitter.usage] if each]
-        fields = {"request_id": self.request_id, "requested": exchange.request["model"][:100],
-                  "model": exchange.model, "status": status, "finish": emitter.finish_reason or "-",
+        hide = self.server.secrets.hide
+        fields = {"request_id": self.request_id,
+                  "requested": hide(exchange.request["model"][:100]),
+                  "model": hide(exchange.model), "status": status,
+                  "finish": hide(emitter.finish_reason) or "-",
                   "first_ms": round((first - started) * 1000) if first else None,
                   "total_ms": round((time.monotonic() - started) * 1000),
                   "retries": exchange.retries, "key": exchange.key_number + 1,
@@ -5427,6 +5479,7 @@ class ProxyHandler(HTTPHandler):
             return
         self.authorize()
         server, config, now = self.server, self.server.config, time.monotonic()
+        hide = server.secrets.hide
         entries, size = server.signatures.size()
         self.respond_json({
             **server.traffic.last_hour(), "name": "claude_gemini_proxy", "version": __version__,
@@ -5436,7 +5489,8 @@ class ProxyHandler(HTTPHandler):
             "keys": server.upstream.key_states(),
             "models": {tier: resolve_model("claude-" + tier, config).name for tier in TIERS},
             "signatures": {"entries": entries, "bytes": size},
-            "live": [{"requested": exchange.request["model"][:100], "model": exchange.model,
+            "live": [{"requested": hide(exchange.request["model"][:100]),
+                      "model": hide(exchange.model),
                       "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
                      for exchange in server.heartbeat.exchanges()],
             "spent_usd": server.traffic.spent,
