@@ -804,30 +804,19 @@ class Route(NamedTuple):
         return self.model if self.upstream == "gemini" else "%s/%s" % self
 
 
-class NameRule(NamedTuple):
-    """Names with a prefix for an upstream, if that is configured. The group of `pattern` is the
-    model's name there."""
-
-    names: str
-    upstream: str
-    pattern: str
-
-
 _VENDOR, _REST = r"~?[A-Za-z0-9][\w.-]*", r"[A-Za-z0-9][\w./@:-]*"
-# The first rule that fits wins. A `claude-` before a name is ignored: /v1/models lists all models
-# with it, as Claude Code shows no others. FIRST is the upstream for names without a prefix.
+# (upstream, pattern of names; its group is the model's name there). The first rule that fits and
+# whose upstream is configured wins. A `claude-` before a name is ignored: /v1/models lists all
+# models with it, as Claude Code shows no others. FIRST is the upstream for names without a prefix.
 FIRST = "first"
 NAME_RULES = (
-    NameRule("openrouter/NAME", "openrouter", "openrouter/(%s)" % _REST),
-    NameRule("openai/NAME", "openai", "openai/(%s)" % _REST),
-    NameRule("VENDOR/NAME", "openrouter",
-             "(?!(?:models|gemini|tunedModels)/)(%s/%s)" % (_VENDOR, _REST)),
-    NameRule("anthropic/NAME", "anthropic", "anthropic/(%s)" % _REST),
-    NameRule("gemini-NAME, gemma-NAME, tunedModels/NAME", "gemini",
-             r"(?:(?:models|gemini|google|anthropic)/)*((?:gemini|gemma)-.+|tunedModels/.+)"),
-    NameRule("models/NAME, gemini/NAME", "gemini", "(?:models|gemini)/(%s)" % _REST),
-    NameRule("VENDOR/NAME, gemini-NAME", FIRST,
-             "(?!(?:openrouter|openai|anthropic)/)(%s/%s|(?:gemini|gemma)-.+)" % (_VENDOR, _REST)),
+    ("openrouter", "openrouter/(%s)" % _REST),
+    ("openai", "openai/(%s)" % _REST),
+    ("openrouter", "(?!(?:models|gemini|tunedModels)/)(%s/%s)" % (_VENDOR, _REST)),
+    ("anthropic", "anthropic/(%s)" % _REST),
+    ("gemini", r"(?:(?:models|gemini|google|anthropic)/)*((?:gemini|gemma)-.+|tunedModels/.+)"),
+    ("gemini", "(?:models|gemini)/(%s)" % _REST),
+    (FIRST, "(?!(?:openrouter|openai|anthropic)/)(%s/%s|(?:gemini|gemma)-.+)" % (_VENDOR, _REST)),
 )
 NAME_LIMIT = 200        # characters of a model's name
 _MILLION_MARK = "[1m]"  # Claude Code puts it behind a name for a context of a million tokens
@@ -867,9 +856,9 @@ def route_by_name(name: str, config: Config) -> Optional[Route]:
     """The route by a name's prefix (NAME_RULES)."""
     first = config.upstreams[0]
     name = name[7:] if name.startswith("claude-") else name
-    for rule in NAME_RULES:
-        upstream = first if rule.upstream == FIRST and first != "gemini" else rule.upstream
-        found = upstream in config.upstreams and re.fullmatch(rule.pattern, name)
+    for upstream, pattern in NAME_RULES:
+        upstream = first if upstream == FIRST and first != "gemini" else upstream
+        found = upstream in config.upstreams and re.fullmatch(pattern, name)
         if found:
             return checked_route(upstream, found.group(1))
     return None
@@ -1843,8 +1832,8 @@ def sampling(request: Json, fields: Mapping[str, str]) -> Json:
 
 # ---- 6. JSON Schema and repairs of a refused request (pure) ---------------------------------
 
-# Recorded as accepted through parametersJsonSchema; everything else is told in the description,
-# unless it is idle without the rest of its schema.
+# Recorded as accepted through parametersJsonSchema. Other keywords become a hint in the
+# description, but for _HANDLED_KEYWORDS.
 _LENGTHS = {"array": ("minItems", "maxItems"), "string": ("minLength", "maxLength")}
 _HANDLED_KEYWORDS = frozenset(
     "$schema $id $comment $defs definitions $anchor $dynamicRef $vocabulary $ref readOnly "
@@ -1862,8 +1851,7 @@ def to_gemini_schema(schema: Any, root: bool = False) -> Json:
     """JSON Schema -> the subset that Gemini is recorded to take; the rest goes into descriptions.
 
     With `root` the result is an object schema, as function parameters must be. Never raises.
-    Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20) and
-    recordings.
+    Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20), recordings.
     """
     node = SchemaCleaner(schema).node(schema)
     return _as_object(node) if root and node.get("type") != "object" else node
@@ -1877,43 +1865,57 @@ def _as_object(node: Json) -> Json:
         for name, prop in branch.get("properties", {}).items():
             out["properties"].setdefault(name, prop)
     needs = [branch.get("required", []) for branch in branches]
-    shared = set(needs[0]).intersection(*needs[1:]) if needs else set()
-    common = [name for name in needs[0] if name in shared] if needs else []
+    common = _in_all(needs)
     if common:
         out["required"] = common
-    hints = [node.get("description")] + ["either: needs %s" % ", ".join(names) for names in needs
-                                         if names != common]
-    if any(hints):
-        out["description"] = "; ".join(hint for hint in hints if hint)
+    hints = [node["description"]] if "description" in node else []
+    hints += ["either: needs %s" % ", ".join(names) for names in needs if names != common]
+    if hints:
+        out["description"] = "; ".join(hints)
     return out
 
 
+def _in_all(lists: Sequence[List[str]]) -> List[str]:
+    first = lists[0] if lists else []
+    return [item for item in first if all(item in other for other in lists)]
+
+
 class SchemaCleaner:
-    """Cleans the nodes of one document. `refs` are the `$ref`s that lead to a node. What would cost
-    more than the document allows becomes an open object."""
+    """Cleans the nodes of one document. What would cost more than the document allows becomes an
+    open object."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
+        self.refs: Tuple[str, ...] = ()  # the `$ref`s that lead to the current node
+        self.depth = -1                  # of the current node
         self.nodes_left = MAX_SCHEMA_NODES
         self.cost_left = SCHEMA_ALLOWANCE + SCHEMA_GROWTH * len(marshalled(document))
 
-    def node(self, schema: Any, refs: Tuple[str, ...] = (), depth: int = 0) -> Json:
+    def node(self, schema: Any) -> Json:
         """One schema (never a map of schemas) -> one that has a type or an anyOf."""
         self.nodes_left -= 1
         if not isinstance(schema, dict):
             return _any_value()
-        if depth <= MAX_SCHEMA_DEPTH and self.nodes_left >= 0:
-            schema, refs = self.resolved(schema, refs, depth)
+        refs = self.refs
+        self.depth += 1
+        node = self._node(schema)
+        self.depth -= 1
+        self.refs = refs
+        return node
+
+    def _node(self, schema: Json) -> Json:
+        if self.depth <= MAX_SCHEMA_DEPTH and self.nodes_left >= 0:
+            schema, self.refs = self.resolved(schema, self.refs, self.depth)
             self.cost_left -= _schema_cost(schema)
-        if depth > MAX_SCHEMA_DEPTH or self.is_spent:
+        if self.depth > MAX_SCHEMA_DEPTH or self.is_spent:
             return {"type": "object", "description": "any JSON object"}
         types, branches = _types(schema), _list(schema, "anyOf") + _list(schema, "oneOf")
         hints = ["%s: %s" % (key, short_json(value, 200)) for key, value in schema.items()
                  if key not in _HANDLED_KEYWORDS and not key.startswith("x-")]
         if branches or len(types) > 1:
-            node = self.alternatives(schema, types, branches, refs, depth)
+            node = self.alternatives(schema, types, branches)
         elif types:
-            node = self.typed(schema, types[0], refs, depth, hints)
+            node = self.typed(schema, types[0], hints)
         else:
             node = _any_value()
         return _described(node, schema, hints)
@@ -1928,8 +1930,7 @@ class SchemaCleaner:
         while isinstance(schema.get("$ref"), str) and self.cost_left > 0:
             ref = schema["$ref"]
             self.cost_left -= _schema_cost(schema)
-            schema = {key: value for key, value in schema.items() if key != "$ref"}
-            target = _pointed(self.document, ref)
+            schema, target = without(schema, "$ref"), _pointed(self.document, ref)
             if target is None or ref in refs:
                 hint = "same form as %s" % (ref.rpartition("/")[2].strip("#")[:100] or "the whole")
                 return dict({"type": "object", "description": hint}, **schema), refs
@@ -1938,26 +1939,22 @@ class SchemaCleaner:
             if isinstance(member, dict) and depth < MAX_SCHEMA_DEPTH and self.cost_left > 0:
                 member, _ = self.resolved(member, refs, depth + 1)
                 self.cost_left -= _schema_cost(schema) + _schema_cost(member)
-                schema = _joined({k: v for k, v in schema.items() if k != "allOf"}, member)
+                schema = _joined(without(schema, "allOf"), member)
         return schema, refs
 
-    def alternatives(self, schema: Json, types: Sequence[str], branches: Sequence[Any],
-                     refs: Tuple[str, ...], depth: int) -> Json:
+    def alternatives(self, schema: Json, types: Sequence[str], branches: Sequence[Any]) -> Json:
         """anyOf, oneOf or several types; what stands beside them goes into each branch."""
-        outer = {key: value for key, value in schema.items()
-                 if key not in ("anyOf", "oneOf", "description", "title", "default")}
+        outer = without(schema, "anyOf", "oneOf", "description", "title", "default")
         if not branches:
-            each = (dict(outer, type=kind, nullable=False) for kind in types)
-        else:
-            each = (_joined(branch, outer) if isinstance(branch, dict) else branch
-                    for branch in branches if branch is not False)
-        return self.union(each, refs, depth)
+            return self.union(dict(outer, type=kind, nullable=False) for kind in types)
+        return self.union(_joined(branch, outer) if isinstance(branch, dict) else branch
+                          for branch in branches if branch is not False)
 
-    def union(self, branches: Iterable[Any], refs: Tuple[str, ...], depth: int) -> Json:
+    def union(self, branches: Iterable[Any]) -> Json:
         """Alternatives -> anyOf, without doubles and without anyOf in it."""
         nodes: Dict[str, Json] = {}
         for branch in branches:
-            node = self.node(branch, refs, depth + 1)
+            node = self.node(branch)
             for flat in node["anyOf"] if set(node) == {"anyOf"} else [node]:
                 nodes.setdefault(json.dumps(flat), flat)
             if self.is_spent:
@@ -1965,29 +1962,13 @@ class SchemaCleaner:
         found = list(nodes.values())
         return {"anyOf": found} if len(found) > 1 else found[0] if found else _any_value()
 
-    def typed(self, schema: Json, kind: str, refs: Tuple[str, ...], depth: int,
-              hints: List[str]) -> Json:
+    def typed(self, schema: Json, kind: str, hints: List[str]) -> Json:
         """A node of one type, with the keywords that this type may have."""
         node: Json = {"type": kind}
         if kind == "object":
-            properties, extra = schema.get("properties"), schema.get("additionalProperties")
-            if isinstance(properties, dict):  # its keys are names, whatever they look like
-                node["properties"] = {name: self.node(prop, refs, depth + 1)
-                                      for name, prop in properties.items()}
-            required = [name for name in _list(schema, "required") if isinstance(name, str)
-                        and name in node.get("properties", ())]
-            if required:
-                node["required"] = list(dict.fromkeys(required))
-            if isinstance(extra, (bool, dict)):
-                node["additionalProperties"] = (extra if isinstance(extra, bool)
-                                                else self.node(extra, refs, depth + 1))
-        elif kind == "array":  # one schema for all items; members of a tuple become alternatives
-            items = schema.get("items")
-            members = _list(schema, "prefixItems") or _list(schema, "items")
-            if members and isinstance(items, dict):
-                members.append(items)
-            node["items"] = (self.union(members, refs, depth) if members
-                             else self.node(items, refs, depth + 1))
+            node.update(self.members(schema))
+        elif kind == "array":
+            node["items"] = self.items(schema)
         elif kind != "null":
             _scalar_keywords(schema, node, hints)
         for key in _LENGTHS.get(kind, ()):
@@ -1995,11 +1976,32 @@ class SchemaCleaner:
                 node[key] = schema[key]
         return node
 
+    def members(self, schema: Json) -> Json:
+        """The keywords of an object. The keys of `properties` are names, never keywords."""
+        out: Json = {}
+        properties, extra = schema.get("properties"), schema.get("additionalProperties")
+        if isinstance(properties, dict):
+            out["properties"] = {name: self.node(prop) for name, prop in properties.items()}
+        required = [name for name in _list(schema, "required")
+                    if isinstance(name, str) and name in out.get("properties", ())]
+        if required:
+            out["required"] = list(dict.fromkeys(required))
+        if isinstance(extra, (bool, dict)):
+            out["additionalProperties"] = extra if isinstance(extra, bool) else self.node(extra)
+        return out
+
+    def items(self, schema: Json) -> Json:
+        """One schema for all items of an array; the members of a tuple become alternatives."""
+        items = schema.get("items")
+        members = _list(schema, "prefixItems") or _list(schema, "items")
+        if members and isinstance(items, dict):
+            members.append(items)
+        return self.union(members) if members else self.node(items)
+
 
 def _described(node: Json, schema: Json, hints: Sequence[str]) -> Json:
     """A node with what is said of it, and of what was left out."""
-    node.update((key, schema[key]) for key in ("title", "description")
-                if _is_text(schema.get(key)))
+    node.update((k, schema[k]) for k in ("title", "description") if _is_text(schema.get(k)))
     if "default" in schema:
         node["default"] = schema["default"]
     if hints:
@@ -2009,16 +2011,9 @@ def _described(node: Json, schema: Json, hints: Sequence[str]) -> Json:
 
 
 def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
-    """enum, format, pattern and bounds; other values than Gemini's enum takes are told."""
-    values, kind = _values(schema), node["type"]
-    texts = [value for value in values if _is_text(value)] if kind == "string" else []
-    if texts:
-        node["enum"] = list(dict.fromkeys(texts))
-    if "" in values and kind == "string":
-        hints.append('or "" (empty)')
-    elif values and not texts:
-        hints.append("one of: %s" % short_json(values, 500)[1:].rstrip("]"))
-    form = schema.get("format")
+    """enum, format, pattern and bounds."""
+    kind, form = node["type"], schema.get("format")
+    _enum(_values(schema), node, hints)
     if form in _FORMATS.get(kind, ()):
         node["format"] = form
     elif _is_text(form):
@@ -2028,6 +2023,18 @@ def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
     for key in ("minimum", "maximum") if kind in ("integer", "number") else ():
         if type(schema.get(key)) in (int, float) and abs(schema[key]) < 1 << 53:
             node[key] = schema[key]
+
+
+def _enum(values: List[Any], node: Json, hints: List[str]) -> None:
+    """Gemini's enum takes texts, if not empty; other values become a hint."""
+    is_string = node["type"] == "string"
+    texts = [value for value in values if _is_text(value)] if is_string else []
+    if texts:
+        node["enum"] = list(dict.fromkeys(texts))
+    if "" in values and is_string:
+        hints.append('or "" (empty)')
+    elif values and not texts:
+        hints.append("one of: %s" % short_json(values, 500)[1:].rstrip("]"))
 
 
 def marshalled(value: Any) -> bytes:
@@ -2072,7 +2079,7 @@ def _list(schema: Json, key: str) -> List[Any]:
 
 
 def _any_value() -> Json:
-    """What a node without a type becomes: Gemini wants to be told one, or several."""
+    """What a node without a type becomes: Gemini requires one, or several."""
     return {"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "boolean"},
                       {"type": "object"}, {"type": "array", "items": {"type": "string"}}]}
 
@@ -2100,18 +2107,21 @@ def _joined(base: Json, extra: Json) -> Json:
 
 
 def _types(schema: Json) -> List[str]:
-    """The types that a node allows; inferred where it names none, empty if nothing tells."""
+    """The types that a node allows; inferred where it names none, empty if nothing shows them."""
     named = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
     types = [kind.lower() for kind in named if isinstance(kind, str) and kind.lower() in _TYPES]
     if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
-        types = sorted({_json_type(value) for value in _values(schema)})
-        if not types and isinstance(schema.get("properties"), dict):
-            types = ["object"]
-        elif not types and "items" in schema:
-            types = ["array"]
+        types = _implied_types(schema)
     if types and "null" not in types and schema.get("nullable") is True:
         types.append("null")
     return types
+
+
+def _implied_types(schema: Json) -> List[str]:
+    types = sorted({_json_type(value) for value in _values(schema)})
+    if types or isinstance(schema.get("properties"), dict):
+        return types or ["object"]
+    return ["array"] if "items" in schema else []
 
 
 def _values(schema: Json) -> List[Any]:
@@ -2134,8 +2144,7 @@ def strict_schema(node: Json) -> Json:
     if node.get("type") == "object" and not node.get("properties"):
         hint = "%s (a JSON object, as text)" % node.get("description", "")
         return {"type": "string", "description": hint.strip()}
-    out = {key: value for key, value in node.items()
-           if key not in ("anyOf", "default", "items", "properties", "additionalProperties")}
+    out = without(node, "anyOf", "default", "items", "properties", "additionalProperties")
     alternatives = node.get("anyOf", [])
     branches = [strict_schema(branch) for branch in alternatives if branch.get("type") != "null"]
     if alternatives:
@@ -2166,9 +2175,8 @@ def with_strict_tools(body: Json) -> Json:
 
 
 def with_plain_tools(body: Json) -> Json:
-    """The same request with schemas that limit no values: those can be too many to serve."""
-    limits = {"enum", "pattern", "minItems", "maxItems", "minLength", "maxLength", "minimum",
-              "maximum"}
+    """The same request without limits of values in its schemas: Gemini serves only so many."""
+    limits = {"enum", "pattern", "minimum", "maximum", *_LENGTHS["array"], *_LENGTHS["string"]}
 
     def plain(node: Any, is_map: bool = False) -> Any:
         if isinstance(node, list):
@@ -2184,15 +2192,12 @@ def with_plain_tools(body: Json) -> Json:
 
 
 def without_thinking_config(body: Json) -> Json:
-    """The same request with the model's own idea of how much to think."""
-    generation = {k: v for k, v in body["generationConfig"].items() if k != "thinkingConfig"}
-    return dict(body, generationConfig=generation)
+    return dict(body, generationConfig=without(body["generationConfig"], "thinkingConfig"))
 
 
 def without_invocations(body: Json) -> Json:
     """The same request without a field that Vertex AI does not know."""
-    config = {k: v for k, v in body.get("toolConfig", {}).items()
-              if k != "includeServerSideToolInvocations"}
+    config = without(body.get("toolConfig", {}), "includeServerSideToolInvocations")
     return dict(body, toolConfig=config) if "toolConfig" in body else body
 
 
@@ -2200,8 +2205,8 @@ def with_dummy_signatures(body: Json) -> Json:
     """The same request with no real signature: the dummy on the first call of each step."""
     contents = []
     for content in body["contents"]:
-        parts = [{k: v for k, v in part.items() if k != "thoughtSignature"}
-                 for part in content["parts"] if not part.get("thought")]
+        parts = [without(part, "thoughtSignature") for part in content["parts"]
+                 if not part.get("thought")]
         first = next((part for part in parts if "functionCall" in part), None)
         if first:
             first["thoughtSignature"] = DUMMY_SIGNATURE
@@ -2489,31 +2494,21 @@ class ChunksFromOpenAI:
         return [{"text": text, "thought": True}] if text else []
 
     def _tool_call(self, delta: Json) -> None:
-        """Add a piece of a call to the one of its index. It begins another call if it has a name
-        and either another id, another name, or comes behind whole arguments."""
-        function = delta.get("function") or {}
+        """Add a piece of a call to the one of its index."""
+        function, index = delta.get("function") or {}, delta.get("index")
         id_, name = str(delta.get("id") or ""), function.get("name") or ""
         if not isinstance(name, str):
             raise TypeError("a name that is no string")
         arguments = function.get("arguments") or ""
-        call = self._by_index.get(delta.get("index"))
-        if call and name and (
-                id_ and call["id"] not in ("", id_) or call["name"] not in ("", name)
-                or not id_ and arguments and self._is_whole(call)):
-            call = None
-        if call is None:
+        call = self._by_index.get(index)
+        if call is None or (name and begins_call(call, id_, name, bool(arguments))):
             call = {"id": "", "name": "", "arguments": [], "extra": None, "checks": 0}
             self._calls.append(call)
-            self._by_index[delta.get("index")] = call
+            self._by_index[index] = call
         call["id"], call["name"] = call["id"] or id_, call["name"] or name
         call["arguments"].append(arguments if isinstance(arguments, str)
                                  else dump_json(arguments).decode("ascii"))
         call["extra"] = delta.get("extra_content") or call["extra"]
-
-    def _is_whole(self, call: Json) -> bool:
-        """Whether a call's arguments are complete; not asked for ever, it reads them anew."""
-        call["checks"] += 1
-        return call["checks"] < 50 and bool(openai_arguments("".join(call["arguments"])))
 
     def _take_calls(self, parts: List[Json]) -> str:
         """Add the calls to parts -> what is wrong with one that cannot be read."""
@@ -2544,6 +2539,16 @@ class ChunksFromOpenAI:
             kept = {}  # it goes with the first call
             parts.append(part)
         return malformed
+
+
+def begins_call(call: Json, id_: str, name: str, has_arguments: bool) -> bool:
+    """Whether a piece with a name does not belong to this call: it has another id or name, or the
+    call has all its arguments."""
+    if id_ and call["id"] not in ("", id_) or call["name"] not in ("", name):
+        return True
+    call["checks"] += 1  # it reads them anew each time: not for ever
+    return (not id_ and has_arguments and call["checks"] < 50
+            and bool(openai_arguments("".join(call["arguments"]))))
 
 
 def openai_arguments(text: str) -> Optional[Json]:
@@ -2580,12 +2585,12 @@ def joined_details(details: Sequence[Json]) -> List[Json]:
 
 def openai_sources(annotations: Sequence[Json]) -> Json:
     """url_citation annotations -> groundingMetadata"""
-    cited = [a["url_citation"] for a in annotations if a.get("type") == "url_citation"]
-    return {"groundingChunks": [{"web": {"uri": c.get("url"), "title": c.get("title")}}
-                                for c in cited],
-            "groundingSupports": [{"groundingChunkIndices": [i],
-                                   "segment": {"text": c.get("content") or ""}}
-                                  for i, c in enumerate(cited)]} if cited else {}
+    chunks, supports = [], []
+    for cited in (a["url_citation"] for a in annotations if a.get("type") == "url_citation"):
+        supports.append({"groundingChunkIndices": [len(chunks)],
+                         "segment": {"text": cited.get("content") or ""}})
+        chunks.append({"web": {"uri": cited.get("url"), "title": cited.get("title")}})
+    return {"groundingChunks": chunks, "groundingSupports": supports} if chunks else {}
 
 
 def openai_usage(usage: Any) -> Json:
@@ -2622,9 +2627,11 @@ _REFUSES = re.compile(r"(?i)unsupported|not support|unrecognized|unknown|unexpec
                       r"|incompatible|unavailable|deprecated|invalid for")
 _AT_MOST = re.compile(r"(?i)(?:at most|less than or equal to|maximum (?:value )?is|<=|range of "
                       r"max_\w+ (?:is|should be) \[\d+,|\d >) ?[`'\"]?(\d{1,9})")
+
+
 def without_field(body: Json, name: str) -> Json:
     """A body without a field that was refused; a limit goes into the other field for it."""
-    out = {key: value for key, value in body.items() if key != name}
+    out = without(body, name)
     if name in LIMITS:
         out[LIMITS[1 - LIMITS.index(name)]] = body[name]
     return out
@@ -2644,11 +2651,12 @@ def users_into_tools(messages: Sequence[Json]) -> List[Json]:
 
 def without_media(message: Json) -> Json:
     """A message of text alone, with a note in the place of each image and file."""
+    if not isinstance(message.get("content"), list):
+        return message
     notes = {"image_url": "[An image that this model cannot see.]",
              "file": "[A document that this model cannot see.]"}
-    content = message.get("content")
-    return message if not isinstance(content, list) else dict(message, content="\n\n".join(
-        part.get("text") or notes[part["type"]] for part in content))
+    texts = [part.get("text") or notes[part["type"]] for part in message["content"]]
+    return dict(message, content="\n\n".join(texts))
 
 
 def calls_with_reasoning(messages: Sequence[Json]) -> List[Json]:
@@ -2730,10 +2738,10 @@ STOP_NOTES = {
     "MALFORMED_RESPONSE": "The model's answer was malformed. {}",
 }
 # The same enum by number, as `$alt=json;enum-encoding=int` sends it (recorded).
-FINISH_REASON_NAMES = ("", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE",
-                       "BLOCKLIST",
-                       "PROHIBITED_CONTENT", "SPII", "MALFORMED_FUNCTION_CALL", "IMAGE_SAFETY",
-                       "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
+FINISH_REASON_NAMES = (
+    "", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE", "BLOCKLIST",
+    "PROHIBITED_CONTENT", "SPII", "MALFORMED_FUNCTION_CALL", "IMAGE_SAFETY",
+    "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
 # An answer that ends so with no text and no call is asked for again.
 ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
                        "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
@@ -2860,9 +2868,16 @@ class MessageEmitter:
             raise TypeError("a text that is no string")
         if part.get("thought"):
             self._thought(text, signature)
-        elif text:
+            return
+        if text:
             self._text(text)
-        elif "functionCall" in part:
+        else:
+            self._other_part(part, signature)
+        if signature and "text" in part and self._open == "text":
+            self._signature = signature
+
+    def _other_part(self, part: Json, signature: str) -> None:
+        if "functionCall" in part:
             self._function_call(part["functionCall"], signature, part.get("callId") or "")
         elif "executableCode" in part:
             self._code(part["executableCode"].get("code", ""))
@@ -2873,8 +2888,6 @@ class MessageEmitter:
             mime = data.get("mimeType")
             uri = data.get("fileUri") or "data:%s;base64,%s" % (mime, data.get("data"))
             self._paragraph("![%s](%s)" % (mime, uri))
-        if signature and "text" in part and self._open == "text" and not part.get("thought"):
-            self._signature = signature
 
     def _thought(self, text: str, signature: str) -> None:
         if not self._thinking:
@@ -2941,9 +2954,8 @@ class MessageEmitter:
                    "return_code": 0, "content": []}
         if result.get("outcome") not in ("OUTCOME_OK", 1):
             content.update(stdout="", stderr=output or str(result.get("outcome")), return_code=1)
-        self._open_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
-                          "caller": {"type": "direct"}, "content": content})
-        self._close()
+        self._whole_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
+                           "caller": {"type": "direct"}, "content": content})
         self._code_id = ""
 
     def _sources(self) -> int:
@@ -2952,33 +2964,30 @@ class MessageEmitter:
         It comes with the last chunk, when the text is out: the order is text, search, results, in
         every delivery. Returns the number of searches.
         """
-        webs = [c.get("web") or c.get("retrievedContext") or c.get("maps") or {}
-                for c in self._grounding.get("groundingChunks") or ()]
+        sources = [web_source(c) for c in self._grounding.get("groundingChunks") or ()]
         queries = [str(query) for query in self._grounding.get("webSearchQueries") or ()]
-        if not queries and not webs:
+        if not queries and not sources:
             return 0
         if self._open == "text":
             for support in self._grounding.get("groundingSupports") or ():
-                self._cite(support, webs)
+                self._cite(support, sources)
         search_id = self._new_id("srvtoolu_")
         self._tool_use({"type": "server_tool_use", "id": search_id, "name": "web_search"},
                        {"query": "; ".join(queries)})
-        self._open_block({"type": "web_search_tool_result", "tool_use_id": search_id,
-                          "caller": {"type": "direct"}, "content": [
-                              {"type": "web_search_result", "url": str(web.get("uri") or ""),
-                               "title": str(web.get("title") or web.get("uri") or ""),
-                               "encrypted_content": "", "page_age": None} for web in webs]})
-        self._close()
+        results = [{"type": "web_search_result", "url": url, "title": title or url,
+                    "encrypted_content": "", "page_age": None} for url, title in sources]
+        self._whole_block({"type": "web_search_tool_result", "tool_use_id": search_id,
+                           "caller": {"type": "direct"}, "content": results})
         return max(1, len(queries))
 
-    def _cite(self, support: Json, webs: Sequence[Json]) -> None:
+    def _cite(self, support: Json, sources: Sequence[Tuple[str, str]]) -> None:
         cited = str((support.get("segment") or {}).get("text") or "")
         for i in support.get("groundingChunkIndices") or ():
-            if isinstance(i, int) and 0 <= i < len(webs):
+            if isinstance(i, int) and 0 <= i < len(sources):
+                url, title = sources[i]
                 self._delta({"type": "citations_delta", "citation": {
-                    "type": "web_search_result_location", "url": str(webs[i].get("uri") or ""),
-                    "title": str(webs[i].get("title") or ""), "encrypted_index": "",
-                    "cited_text": cited}})
+                    "type": "web_search_result_location", "url": url, "title": title,
+                    "encrypted_index": "", "cited_text": cited}})
 
     def _open_block(self, block: Json) -> None:
         self._close()
@@ -2986,6 +2995,10 @@ class MessageEmitter:
         self._open = block["type"]
         self._out.append({"type": "content_block_start", "index": self._index,
                           "content_block": block})
+
+    def _whole_block(self, block: Json) -> None:
+        self._open_block(block)
+        self._close()
 
     def _delta(self, delta: Json) -> None:
         self._out.append({"type": "content_block_delta", "index": self._index, "delta": delta})
@@ -3034,6 +3047,12 @@ def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, think
             "server_tool_use": {"web_search_requests": searches, "web_fetch_requests": 0}
             if searches else None,
             "service_tier": "standard", "inference_geo": None}
+
+
+def web_source(chunk: Json) -> Tuple[str, str]:
+    """A groundingChunk -> (URL, title)"""
+    web = chunk.get("web") or chunk.get("retrievedContext") or chunk.get("maps") or {}
+    return str(web.get("uri") or ""), str(web.get("title") or "")
 
 
 def finish_name(reason: Any) -> str:
