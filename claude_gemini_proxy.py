@@ -95,12 +95,9 @@ ERROR_TYPES = {
 
 @dataclass(eq=False)
 class ProxyError(Exception):
-    """An error that a client can be told, in Anthropic's terms.
-
-    `retry_after` is in seconds; `code` is `error.details.error_code`; `transient` means that the
-    proxy itself may ask again; `should_retry=False` tells Anthropic's clients to give up at once
-    (header `x-should-retry`).
-    """
+    """An error that a client can be told, in Anthropic's terms. `retry_after` is in seconds; `code`
+    is `error.details.error_code`; `transient` means that the proxy itself may ask again;
+    `should_retry=False` tells Anthropic's clients to give up at once (header `x-should-retry`)."""
 
     status: int
     message: str
@@ -162,9 +159,8 @@ _BAD_PDF = re.compile(r"(?i)document has no pages|invalid pdf|process (?:the )?(
 
 def google_error(raw: Any) -> Json:
     """Return the `error` object of an upstream error body, or one made from what came instead.
-
-    Shapes met: {"error": {...}}, [{"error": {...}}], {"error": "text"}, HTML, plain text, nothing.
-    """
+    Shapes met: {"error": {...}}, [{"error": {...}}], {"error": "text"}, HTML, plain text,
+    nothing."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
@@ -195,9 +191,7 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
                    name: str = "Gemini", setting: str = "GEMINI_API_KEY") -> ProxyError:
     """Translate an upstream failure: HTTP status and body (bytes or parsed) -> ProxyError without
     the keys that upstream may quote. `name` is the upstream's, `setting` has its key.
-
-    Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recordings.
-    """
+    Source: https://ai.google.dev/gemini-api/docs/troubleshooting (read 2026-11-20), recordings."""
     error = google_error(raw)
     message, details = error_text(error, keys), _dicts(error.get("details"))
     if status == 403 and name == "OpenRouter":  # a moderation, or a limit of the key
@@ -263,9 +257,7 @@ def overflow_numbers(overflow: Any) -> Tuple[int, int]:
 
 def _quota_error(message: str, details: Sequence[Json], name: str, code: str) -> ProxyError:
     """A 429: short waits become retry-after; with a daily quota or a limit of 0 waiting is no use.
-
-    RetryInfo is not passed on for daily quotas: it says hours, and they are still used up then.
-    """
+    RetryInfo is not passed on for daily quotas: it says hours, and they are still used up then."""
     violations = [violation for detail in details for violation in _dicts(detail.get("violations"))]
     quota_ids = " ".join(str(v.get("quotaId")) for v in violations)
     values = {str(v.get("quotaValue")) for v in violations}
@@ -974,9 +966,7 @@ _SURROGATES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a
 
 def parse_json(raw: bytes) -> Any:
     """Bytes -> JSON value. Lone surrogates become U+FFFD: a cut emoji must not poison a session.
-
-    Raises ProxyError 400 for anything else that is not JSON as RFC 8259 has it.
-    """
+    Raises ProxyError 400 for anything else that is not JSON as RFC 8259 has it."""
     try:
         if _SURROGATE.search(raw):
             raw = _SURROGATES.sub(lambda m: b"\\ufffd" if m.group(1) else m.group(), raw)
@@ -1029,10 +1019,8 @@ def expect(value: Any, kinds: Tuple[type, ...], path: str) -> Any:
 
 
 def check_request(body: Any) -> Json:
-    """Check the top level of a Messages request; the rest is checked where it is translated.
-
-    Fields that are unknown, or that change nothing in an answer, pass. Raises ProxyError 400.
-    """
+    """Check the top level of a Messages request; the rest is checked where it is translated. Fields
+    that are unknown, or that change nothing in an answer, pass. Raises ProxyError 400."""
     if not isinstance(body, dict):
         raise invalid("The body must be a JSON object, not %s." % _KINDS.get(type(body), "null"))
     for name, kinds in _REQUEST_FIELDS:
@@ -1161,13 +1149,11 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
               declare: Optional[Declare] = None) -> Translation:
-    """Translate a checked Messages request into a generateContent body for `model`.
-
-    `lookup` gives the thought signature kept for a tool_use id or `text_key`, or None; `declare`
-    may remember what `declaration` makes of a tool. The request is not changed. Raises ProxyError
-    400 with the path of what cannot be translated.
-    Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README.
-    """
+    """Translate a checked Messages request into a generateContent body for `model`. `lookup` gives
+    the thought signature kept for a tool_use id or `text_key`, or None; `declare` may remember what
+    `declaration` makes of a tool. The request is not changed. Raises ProxyError 400 with the path
+    of what cannot be translated.
+    Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README."""
     t = Translation(model_rule(model), lookup)
     contents = read_history(request, t)
     tools = offered_tools(request, t.history)
@@ -1212,11 +1198,9 @@ def read_history(request: Json, t: Translation) -> List[Json]:
 
 
 def to_turns(messages: Sequence[Any], history: History) -> List[Turn]:
-    """Merge messages into alternating turns.
-
-    `role: system` messages may stand anywhere: leading ones are system texts, later ones become
-    reminders in the user turn beside them, which keeps the prefix of the prompt unchanged.
-    """
+    """Merge messages into alternating turns. `role: system` messages may stand anywhere: leading
+    ones are system texts, later ones become reminders in the user turn beside them, which keeps the
+    prefix of the prompt unchanged."""
     last_user = max((i for i, message in enumerate(messages)
                      if isinstance(message, dict) and message.get("role") == "user"), default=-1)
     turns: List[Turn] = []
@@ -1298,11 +1282,9 @@ def add_content(contents: List[Json], role: str, parts: List[Json], history: His
 
 
 def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
-    """Blocks of an assistant turn -> parts; its calls wait in `t.history.calls`.
-
-    Gemini 3 and later refuse a step whose first call has no signature, and accept the dummy. It is
-    also given to finished steps: their bytes then stay the same from request to request.
-    """
+    """Blocks of an assistant turn -> parts; its calls wait in `t.history.calls`. Gemini 3 and later
+    refuse a step whose first call has no signature, and accept the dummy. It is also given to
+    finished steps: their bytes then stay the same from request to request."""
     parts: List[Json] = []
     t.from_client = ""
     for t.place, block in blocks:
@@ -1319,10 +1301,8 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Js
 
 def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
     """Blocks of a user turn -> parts: a response for each open call, in call order, then the rest.
-
-    Calls without a result get an error, results without a call become text, a second result for
-    the same call is dropped.
-    """
+    Calls without a result get an error, results without a call become text, a second result for the
+    same call is dropped."""
     results: Dict[str, Deque[Tuple[Json, List[Json]]]] = {}
     others: List[Json] = []
     known = {call.tool_use_id for call in t.history.calls.values()}
@@ -1501,10 +1481,8 @@ def document_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def media_part(source: Json, what: str, t: Translation) -> Json:
-    """A base64 or URL source of an image or pdf -> inlineData or fileData.
-
-    The wordings make Claude Code drop the medium and go on (facts measured 2026-11-20).
-    """
+    """A base64 or URL source of an image or pdf -> inlineData or fileData. The wordings make Claude
+    Code drop the medium and go on (facts measured 2026-11-20)."""
     default_type = "image/jpeg" if what == "image" else "application/pdf"
     kind = source.get("type")
     if kind == "file":
@@ -1659,9 +1637,8 @@ REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
 
 def offered_tools(request: Json, history: History) -> List[Json]:
     """The tools to declare: all but withdrawn ones, and deferred ones that nothing has loaded.
-
-    Where Anthropic would search the tools itself (tool_search_tool_*), deferred ones are offered.
-    """
+    Where Anthropic would search the tools itself (tool_search_tool_*), deferred ones are
+    offered."""
     searchable = False
     unique: Dict[str, Json] = {}
     for i, tool in enumerate((request.get("tools") or []) + history.added_tools):
@@ -1783,10 +1760,8 @@ THINKING_HEADROOM = 8192
 
 
 def thinking_from(request: Json, t: Translation, limit: int) -> Json:
-    """thinking and effort -> thinkingConfig; also sets `t.thinking`.
-
-    Thinking that is off wins over any effort; a model that cannot stop gets its lowest setting.
-    """
+    """thinking and effort -> thinkingConfig; also sets `t.thinking`. Thinking that is off wins over
+    any effort; a model that cannot stop gets its lowest setting."""
     rule = t.rule
     least, most = rule.budget
     t.thinking = shown_thinking(request) if rule.levels or most else ""
@@ -1849,10 +1824,9 @@ SCHEMA_GROWTH, SCHEMA_ALLOWANCE = 6, 4000
 
 def to_gemini_schema(schema: Any, root: bool = False) -> Json:
     """JSON Schema -> the subset that Gemini is recorded to take; the rest goes into descriptions.
-
     With `root` the result is an object schema, as function parameters must be. Never raises.
-    Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20), recordings.
-    """
+    Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20),
+    recordings."""
     node = SchemaCleaner(schema).node(schema)
     return _as_object(node) if root and node.get("type") != "object" else node
 
@@ -2136,9 +2110,7 @@ def _json_type(value: Any) -> str:
 
 def strict_schema(node: Json) -> Json:
     """A cleaned schema -> the older `parameters` form: no null type, no object without properties.
-
-    Source: https://ai.google.dev/api/caching#Schema (read 2026-11-20).
-    """
+    Source: https://ai.google.dev/api/caching#Schema (read 2026-11-20)."""
     if node.get("type") == "null":
         return {"type": "string", "nullable": True}
     if node.get("type") == "object" and not node.get("properties"):
@@ -2245,11 +2217,9 @@ OPENAI_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "stop_sequenc
 
 def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
               declare: Optional[Declare] = None, dialect: str = "other") -> Translation:
-    """Translate a checked Messages request into a chat.completions body.
-
-    The history is repaired as for Gemini: it is made from the same contents. `dialect` is
-    openrouter, openai (OpenAI's own server) or other. Otherwise as to_gemini.
-    """
+    """Translate a checked Messages request into a chat.completions body. The history is repaired as
+    for Gemini: it is made from the same contents. `dialect` is openrouter, openai (OpenAI's own
+    server) or other. Otherwise as to_gemini."""
     t = Translation(OPENAI_RULE, lookup, _OPENAI_NAME)
     contents = read_history(request, t)
     tools = offered_tools(request, t.history)
@@ -2421,11 +2391,9 @@ def mark_cache(messages: List[Json]) -> None:
 
 
 class ChunksFromOpenAI:
-    """Turns the chunks of one chat.completion, or a whole one, into Gemini-shaped chunks.
-
-    Text and reasoning go on at once; calls when all of them are there, as their pieces may come
-    mixed and what must come back with them may come last.
-    """
+    """Turns the chunks of one chat.completion, or a whole one, into Gemini-shaped chunks. Text and
+    reasoning go on at once; calls when all of them are there, as their pieces may come mixed and
+    what must come back with them may come last."""
 
     def __init__(self, dialect: str = "other") -> None:
         self._dialect = dialect
@@ -2748,14 +2716,12 @@ ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECT
 
 
 class MessageEmitter:
-    """Turns the chunks of one answer into the events of one message. One thread at a time.
-
-    start() gives message_start; feed(chunks) what chunks add; finish() the end. Blocks are
-    contiguous and one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is
-    called before the block that a signature belongs to is given out. When an answer was empty,
-    `again()` lets the next one continue the same message.
-    Source: https://docs.claude.com/en/api/messages-streaming (read 2026-11-20).
-    """
+    """Turns the chunks of one answer into the events of one message. One thread at a time. start()
+    gives message_start; feed(chunks) what chunks add; finish() the end. Blocks are contiguous and
+    one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is called before
+    the block that a signature belongs to is given out. When an answer was empty, `again()` lets the
+    next one continue the same message.
+    Source: https://docs.claude.com/en/api/messages-streaming (read 2026-11-20)."""
 
     def __init__(self, requested_model: str, new_id: Callable[[str], str],
                  remember: Callable[[str, str], None], translation: Optional[Translation] = None,
@@ -2792,10 +2758,8 @@ class MessageEmitter:
             "usage": full_usage(self.input_tokens)}}]
 
     def feed(self, chunks: Iterable[Json]) -> List[Json]:
-        """GenerateContentResponses -> events. Unknown parts and fields are passed over.
-
-        Raises ProxyError 500 for a chunk that is no such response.
-        """
+        """GenerateContentResponses -> events. Unknown parts and fields are passed over. Raises
+        ProxyError 500 for a chunk that is no such response."""
         with malformed_chunks():
             for chunk in chunks:
                 self._chunk(chunk)
@@ -2959,11 +2923,9 @@ class MessageEmitter:
         self._code_id = ""
 
     def _sources(self) -> int:
-        """groundingMetadata -> citations on the open text, then the search and its results.
-
-        It comes with the last chunk, when the text is out: the order is text, search, results, in
-        every delivery. Returns the number of searches.
-        """
+        """groundingMetadata -> citations on the open text, then the search and its results. It
+        comes with the last chunk, when the text is out: the order is text, search, results, in
+        every delivery. Returns the number of searches."""
         sources = [web_source(c) for c in self._grounding.get("groundingChunks") or ()]
         queries = [str(query) for query in self._grounding.get("webSearchQueries") or ()]
         if not queries and not sources:
@@ -3214,12 +3176,10 @@ def frames_of(events: Iterable[Json]) -> bytes:
 
 
 def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
-    """Bytes of an SSE stream, cut anywhere -> the JSON objects that each piece completes.
-
-    Also takes several `data:` lines in a record, and the bare, pretty-printed error that Gemini
-    sends without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError on
-    anything that is not JSON.
-    """
+    """Bytes of an SSE stream, cut anywhere -> the JSON objects that each piece completes. Also
+    takes several `data:` lines in a record, and the bare, pretty-printed error that Gemini sends
+    without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError on anything
+    that is not JSON."""
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
@@ -3260,11 +3220,9 @@ _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
 
 
 def parse_headers(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
-    """Header lines -> {name in lower case: value}; the values of a repeated name are joined.
-
-    It takes a fifth of the time that email.parser does. Lines that two readers could take in two
-    ways are passed over; if `strict`, they are a ValueError.
-    """
+    """Header lines -> {name in lower case: value}; the values of a repeated name are joined. It
+    takes a fifth of the time that email.parser does. Lines that two readers could take in two ways
+    are passed over; if `strict`, they are a ValueError."""
     fields: Dict[str, str] = {}
     for line in lines:
         found = _FIELD.fullmatch(line)
