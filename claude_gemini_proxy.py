@@ -95,7 +95,7 @@ ERROR_TYPES = {
 
 @dataclass(eq=False)
 class ProxyError(Exception):
-    """An error that a client can be told, in Anthropic's terms. `retry_after` is in seconds; `code`
+    """An error for the client, in Anthropic's terms. `retry_after` is in seconds; `code`
     is `error.details.error_code`; `transient` means that the proxy itself may ask again;
     `should_retry=False` tells Anthropic's clients to give up at once (header `x-should-retry`)."""
 
@@ -137,7 +137,7 @@ def invalid(message: str) -> ProxyError:
     return ProxyError(400, message)
 
 
-# What looks like a key of Google's or of another provider's; upstreams quote them in errors.
+# Keys of Google and other providers: upstreams quote them in errors.
 SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
 # Gemini's; OpenAI's, OpenRouter's and vLLM's; llama.cpp's; xAI's; Kimi's; Mistral's
 _OVERFLOW = re.compile(
@@ -158,9 +158,8 @@ _BAD_PDF = re.compile(r"(?i)document has no pages|invalid pdf|process (?:the )?(
 
 
 def google_error(raw: Any) -> Json:
-    """Return the `error` object of an upstream error body, or one made from what came instead.
-    Shapes met: {"error": {...}}, [{"error": {...}}], {"error": "text"}, HTML, plain text,
-    nothing."""
+    """Return the `error` object of an upstream error body, or one made of other bodies that occur:
+    [{"error": {...}}], {"error": "text"}, HTML, plain text, nothing."""
     if isinstance(raw, bytes):
         try:
             raw = json.loads(raw)
@@ -388,8 +387,10 @@ def parse_prices(value: str) -> Tuple[Tuple, ...]:
     return tuple(rows)
 
 
-# Readers of the names that other programs use for a setting: -> the text for the setting's own
-# parser, "" if the variable means something else.
+# A reader turns the text of another program's variable into that of the setting; "" if it means
+# something else.
+Reader = Callable[[str], str]
+
 
 def host_port(value: str) -> List[str]:
     found = re.fullmatch(r"(?:(\[[0-9A-Fa-f:]+\]|[^:\s]*):)?(\d{1,5})", value)
@@ -419,12 +420,12 @@ def replay_if_true(value: str) -> str:
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] = str.strip, env: str = "",
-            also: Optional[Mapping[str, Callable[[str], str]]] = None, secret: bool = False,
+            also: Mapping[str, Reader] = MappingProxyType({}), secret: bool = False,
             dotenv: bool = True) -> Any:
     """A field of Config. `env` is its environment name, if not the field's own in capitals; `also`
     are further ones with their readers; without `dotenv` it is not taken from .env."""
     return field(default=default, repr=not secret, metadata=dict(
-        help=help, parse=parse, env=env, also=also or {}, secret=secret, dotenv=dotenv))
+        help=help, parse=parse, env=env, also=also, secret=secret, dotenv=dotenv))
 
 
 @dataclass(frozen=True)
@@ -546,7 +547,7 @@ class Config:
             upstream, self.openai_api_base or OPENAI_BASE)
 
 
-def environment_names(row: dataclasses.Field) -> List[Tuple[str, Callable[[str], str]]]:
+def environment_names(row: dataclasses.Field) -> List[Tuple[str, Reader]]:
     """The environment names of a setting, strongest first, each with its reader."""
     return [(row.metadata["env"] or row.name.upper(), str), *row.metadata["also"].items()]
 
@@ -594,7 +595,7 @@ def fish_quote(text: str) -> str:
 
 
 def powershell_quote(text: str) -> str:
-    """PowerShell ends a text at five kinds of quotation mark; two of them stand for one.
+    """PowerShell ends a text at five kinds of quotation mark; a doubled one does not end it.
     https://learn.microsoft.com/powershell/module/microsoft.powershell.core/about/
     about_quoting_rules (read 2026-11-24)"""
     if re.search("[\r\n]", text):  # the README's command reads line by line
@@ -685,8 +686,7 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
     return Config(**values)
 
 
-def read_setting(row: dataclasses.Field, name: str, text: Optional[str],
-                 read: Callable[[str], str]) -> Any:
+def read_setting(row: dataclasses.Field, name: str, text: Optional[str], read: Reader) -> Any:
     """The value that a text gives a setting; None if it gives none."""
     try:
         value = read(text).strip() if text else ""
@@ -758,7 +758,7 @@ class ModelRule(NamedTuple):
 
 
 # https://ai.google.dev/gemini-api/docs/thinking (read 2026-11-20). The first prefix that fits wins;
-# no model from 3 on can be told not to think, MINIMAL is as near as it gets.
+# models from 3 on cannot stop thinking, MINIMAL is their least.
 MODEL_RULES = (
     ModelRule(("gemini-2.5-pro",), 2, (), (128, 32768), False),
     ModelRule(("gemini-2.5-flash-lite",), 2, (), (512, 24576), True),
@@ -960,7 +960,7 @@ def sane_counts(usage: Json) -> Dict[str, int]:
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
 
 # Escaped backslashes first, so that the text \\ud800 (a backslash and letters) is left alone.
-_SURROGATE = re.compile(rb"\\u[dD]")  # quicker than `in`, which would need two looks
+_SURROGATE = re.compile(rb"\\u[dD]")  # faster than two searches with `in`
 _SURROGATES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
 
 
@@ -1058,6 +1058,8 @@ def check_stops(stops: List[Any]) -> None:
 
 # ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
 
+Lookup = Callable[[str], Optional[str]]
+Declare = Callable[[Json], Json]
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
 # The documented dummy for a lost signature:
 # https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
@@ -1085,9 +1087,9 @@ class History:
     turns before it, and what they leave for the rest of the request."""
 
     def __init__(self) -> None:
-        self.session = ""                     # tells one conversation from another, for text_key
+        self.session = ""                     # hash of the conversation's first text, for text_key
         self.system: List[str] = []           # texts of the system prompt
-        self.effort = ""                      # that a system message has asked for
+        self.effort = ""                      # set by a system message
         self.role = ""                        # of the last content
         self.calls: Dict[str, Call] = {}      # by upstream id; those that wait for their results
         self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
@@ -1100,8 +1102,7 @@ class Translation:
     """A request in translation: the state of its history, the upstream's body, and what is needed
     to read the answer."""
 
-    def __init__(self, rule: ModelRule, lookup: Callable[[str], Optional[str]],
-                 tool_name: Any = _FUNCTION_NAME) -> None:
+    def __init__(self, rule: ModelRule, lookup: Lookup, tool_name: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
         self.lookup = lookup
         self.tool_name = tool_name            # the upstream's form of tool names
@@ -1132,14 +1133,12 @@ class Translation:
 
 
 class Turn(NamedTuple):
-    """Neighbouring messages of one role; a block's place is (index of its message, its own)."""
+    """Adjacent messages of one role; a block's place is (index of its message, its own)."""
 
     role: str
     blocks: List[Tuple[Tuple[int, int], Json]]
 
 
-Lookup = Callable[[str], Optional[str]]
-Declare = Callable[[Json], Json]
 REMINDER = "<system-reminder>\n%s\n</system-reminder>"
 NO_RESULT = "no result (interrupted)"
 CONTINUE = "Continue."
@@ -1216,7 +1215,7 @@ def to_turns(messages: Sequence[Any], history: History) -> List[Turn]:
                           % (path, json.dumps(role)[:80]))
         placed = [((i, j), block) for j, block in enumerate(blocks)]
         summaries = [j for j, block in enumerate(blocks) if block["type"] == "compaction"]
-        if summaries and blocks[summaries[-1]].get("content"):  # it stands for all before it
+        if summaries and blocks[summaries[-1]].get("content"):  # it replaces all before it
             turns, placed = [Turn("user", [placed[summaries[-1]]])], placed[summaries[-1] + 1:]
         if turns and turns[-1].role == role:
             turns[-1].blocks.extend(placed)
@@ -1372,7 +1371,7 @@ def model_text_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def text_key(text: str, session: str) -> str:
-    """Key of a text's signature in the cache; `session` tells conversations apart."""
+    """Key of a text's signature in the cache; `session` separates conversations."""
     return "text:%x" % hash((session, text))  # a keyed hash, and a sixth of blake2b's time
 
 
@@ -1564,7 +1563,7 @@ def tool_reference_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def tool_change_parts(block: Json, t: Translation) -> List[Json]:
-    """tool_addition and tool_removal change what is declared, and say nothing themselves."""
+    """tool_addition and tool_removal change what is declared; they add no text."""
     tool = t.expect(block.get("tool"), dict, ".tool")
     definition = tool.get("definition")
     if isinstance(definition, dict):
@@ -1582,10 +1581,6 @@ def compaction_parts(block: Json, t: Translation) -> List[Json]:
             if isinstance(content, str) else [])
 
 
-def dropped_parts(block: Json, t: Translation) -> List[Json]:
-    return []
-
-
 def refused_parts(block: Json, t: Translation) -> List[Json]:
     raise t.invalid("", "%s blocks need Anthropic's Files API, which is not there" % block["type"])
 
@@ -1601,7 +1596,7 @@ USER_PARTS = {
     "tool_reference": tool_reference_parts, "tool_addition": tool_change_parts,
     "tool_removal": tool_change_parts, "container_upload": refused_parts,
     **dict.fromkeys(("mcp_tool_listing", "fallback", "thinking", "redacted_thinking"),
-                    dropped_parts),
+                    lambda block, t: []),
     **dict.fromkeys(("server_tool_use", "mcp_tool_use"), server_tool_parts),
     **dict.fromkeys(("web_search_tool_result", "web_fetch_tool_result", "mcp_tool_result",
                      "code_execution_tool_result", "bash_code_execution_tool_result",
@@ -1782,7 +1777,7 @@ def thinking_from(request: Json, t: Translation, limit: int) -> Json:
 
 
 def shown_thinking(request: Json) -> str:
-    """What the client is to get of thinking: "shown", "omitted", or "" where it is off."""
+    """Whether the client gets thinking: "shown", "omitted", or "" where it is off."""
     thinking = request.get("thinking") or {}
     if thinking.get("type", "disabled") == "disabled":
         return ""
@@ -1917,7 +1912,7 @@ class SchemaCleaner:
         return schema, refs
 
     def alternatives(self, schema: Json, types: Sequence[str], branches: Sequence[Any]) -> Json:
-        """anyOf, oneOf or several types; what stands beside them goes into each branch."""
+        """anyOf, oneOf or several types; the keywords beside them go into each branch."""
         outer = without(schema, "anyOf", "oneOf", "description", "title", "default")
         if not branches:
             return self.union(dict(outer, type=kind, nullable=False) for kind in types)
@@ -1974,7 +1969,7 @@ class SchemaCleaner:
 
 
 def _described(node: Json, schema: Json, hints: Sequence[str]) -> Json:
-    """A node with what is said of it, and of what was left out."""
+    """A node with its title, description, default, and hints on what was left out."""
     node.update((k, schema[k]) for k in ("title", "description") if _is_text(schema.get(k)))
     if "default" in schema:
         node["default"] = schema["default"]
@@ -2034,7 +2029,7 @@ def _schema_cost(schema: Json) -> int:
 
 
 def short_json(value: Any, limit: int) -> str:
-    """The beginning of a value's JSON, without making the rest."""
+    """The first characters of a value's JSON, without encoding more."""
     text = ""
     for piece in json.JSONEncoder().iterencode(value):
         text += piece[:limit]
@@ -2071,7 +2066,7 @@ def _pointed(document: Json, ref: str) -> Optional[Json]:
 
 
 def _joined(base: Json, extra: Json) -> Json:
-    """Two schemas that must both hold, as one: what cannot be united is taken from `base`."""
+    """Two schemas that must both hold, as one; where they conflict, `base` wins."""
     out = dict(extra, **base)
     if isinstance(base.get("properties"), dict) and isinstance(extra.get("properties"), dict):
         out["properties"] = dict(extra["properties"], **base["properties"])
@@ -2207,8 +2202,8 @@ def gemini_repairs(body: Json, message: str) -> Iterator[Tuple[str, Json]]:
 # ---- 7. OpenAI chat completions, as another Gemini (pure) -----------------------------------
 
 # https://platform.openai.com/docs/api-reference/chat, https://openrouter.ai/docs (both read
-# 2026-11-21), and recorded exchanges. What such an upstream wants back with a tool call (encrypted
-# reasoning, its own id of the call) is kept like a thought signature, as base64 behind a mark.
+# 2026-11-21), and recorded exchanges. What must be sent back to such an upstream with a tool call
+# (encrypted reasoning, its own id of the call) is kept like a thought signature, in base64.
 OPENAI_FINISH = {"stop": "STOP", "eos": "STOP", "tool_calls": "STOP", "function_call": "STOP",
                  "length": "MAX_TOKENS", "model_length": "MAX_TOKENS", "content_filter": "SAFETY"}
 OPENAI_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -2275,9 +2270,9 @@ def openai_messages(system: Sequence[str], contents: Sequence[Json], dialect: st
 
 
 def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json:
-    """Parts of a model turn -> one message. Without text its `content` is empty, as templates of
-    small servers fail on a message that has none, and nobody takes null. Equal texts share what was
-    kept with the first; it goes back once (`returned`)."""
+    """Parts of a model turn -> one message. Without text its `content` is "": templates of small
+    servers fail without it, and null is refused. What was kept with a text is sent back once, also
+    where several texts are equal (`returned`)."""
     message: Json = {"role": "assistant"}
     texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
     calls = []
@@ -2300,7 +2295,7 @@ def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json
 
 
 def openai_id(id_: str, dialect: str) -> str:
-    """A call's id; OpenAI takes 40 characters, and only its own are never longer."""
+    """A call's id; OpenAI accepts 40 characters."""
     return id_ if dialect != "openai" or len(id_) <= 40 else "call_" + short_hash(id_)
 
 
@@ -2324,7 +2319,7 @@ def openai_user(parts: Sequence[Json], dialect: str) -> List[Json]:
 
 
 def openai_part(part: Json, dialect: str) -> Json:
-    """A text, image or PDF as a part of a user message; PDFs as a note where nobody takes them."""
+    """A text, image or PDF as a part of a user message; PDFs as a note where not supported."""
     if "text" in part:
         return {"type": "text", "text": part["text"]}
     medium = part.get("inlineData") or part["fileData"]
@@ -2339,19 +2334,17 @@ def openai_part(part: Json, dialect: str) -> Json:
 
 
 def kept_signature(fields: Json, dialect: str) -> str:
-    """Fields of an assistant message that must come back with it, as a signature."""
+    """Fields that must be sent back with an assistant message, as a signature."""
     kept = dump_json(dict(fields, **{"for": dialect}))
     return OPENAI_MARK + base64.urlsafe_b64encode(kept).decode("ascii")
 
 
 def kept_fields(signature: str, dialect: str) -> Json:
     """What `kept_signature` has put into a signature; {} for one of another kind of server."""
-    if not signature.startswith(OPENAI_MARK):
-        return {}
-    try:
-        kept = json.loads(base64.urlsafe_b64decode(signature[len(OPENAI_MARK):]))
-    except ValueError:
-        return {}
+    kept = None
+    if signature.startswith(OPENAI_MARK):
+        with contextlib.suppress(ValueError):
+            kept = json.loads(base64.urlsafe_b64decode(signature[len(OPENAI_MARK):]))
     return kept if isinstance(kept, dict) and kept.pop("for", "") == dialect else {}
 
 
@@ -2392,8 +2385,8 @@ def mark_cache(messages: List[Json]) -> None:
 
 class ChunksFromOpenAI:
     """Turns the chunks of one chat.completion, or a whole one, into Gemini-shaped chunks. Text and
-    reasoning go on at once; calls when all of them are there, as their pieces may come mixed and
-    what must come back with them may come last."""
+    reasoning pass at once; calls at the end, as their pieces may be mixed, and what must be sent
+    back with them may come last."""
 
     def __init__(self, dialect: str = "other") -> None:
         self._dialect = dialect
@@ -2430,7 +2423,7 @@ class ChunksFromOpenAI:
         return [{"candidates": [candidate]}] if malformed or candidate["content"]["parts"] else []
 
     def _parts(self, delta: Json) -> List[Json]:
-        """What can go on at once."""
+        """The parts that need not wait for the end."""
         content = delta.get("content")
         texts = [content] if isinstance(content, str) else [
             part["text"] for part in content or () if part.get("type") == "text"]
@@ -2451,7 +2444,7 @@ class ChunksFromOpenAI:
         candidate["finishReason"] = reason
 
     def _reasoning(self, delta: Json) -> List[Json]:
-        """Reasoning -> thought parts, and what of it has to come back."""
+        """Reasoning -> thought parts; keeps what of it must be sent back."""
         details = delta.get("reasoning_details") or []
         text = delta.get("reasoning") or delta.get("reasoning_content") or "".join(
             detail.get("text") or detail.get("summary") or "" for detail in details)
@@ -2479,7 +2472,7 @@ class ChunksFromOpenAI:
         call["extra"] = delta.get("extra_content") or call["extra"]
 
     def _take_calls(self, parts: List[Json]) -> str:
-        """Add the calls to parts -> what is wrong with one that cannot be read."""
+        """Add the calls to parts. Returns a malformed one, or ""."""
         calls, self._calls, self._by_index = self._calls, [], {}
         kept: Json = {}
         if self._details:
@@ -2563,7 +2556,7 @@ def openai_sources(annotations: Sequence[Json]) -> Json:
 
 def openai_usage(usage: Any) -> Json:
     """usage -> usageMetadata, with OpenRouter's cost. Reasoning is a part of the completion, unless
-    the numbers tell that it is not."""
+    the total shows that it is not."""
     if not usage or not isinstance(usage, dict):
         return {}
 
@@ -2710,7 +2703,7 @@ FINISH_REASON_NAMES = (
     "", "STOP", "MAX_TOKENS", "SAFETY", "RECITATION", "OTHER", "LANGUAGE", "BLOCKLIST",
     "PROHIBITED_CONTENT", "SPII", "MALFORMED_FUNCTION_CALL", "IMAGE_SAFETY",
     "UNEXPECTED_TOOL_CALL", "TOO_MANY_TOOL_CALLS")
-# An answer that ends so with no text and no call is asked for again.
+# An answer without text and calls that ends so is retried.
 ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
                        "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
 
@@ -2719,7 +2712,7 @@ class MessageEmitter:
     """Turns the chunks of one answer into the events of one message. One thread at a time. start()
     gives message_start; feed(chunks) what chunks add; finish() the end. Blocks are contiguous and
     one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is called before
-    the block that a signature belongs to is given out. When an answer was empty, `again()` lets the
+    the signature's block is sent. When an answer was empty, `again()` lets the
     next one continue the same message.
     Source: https://docs.claude.com/en/api/messages-streaming (read 2026-11-20)."""
 
@@ -2729,7 +2722,7 @@ class MessageEmitter:
         self.requested_model, self.input_tokens = requested_model, input_tokens
         self._new_id, self._remember, self._edits_wanted = new_id, remember, edits_wanted
         self.adopt(translation or Translation(model_rule(""), lambda key: None))
-        self.answered = False        # a text or a call has been given out
+        self.answered = False        # a text or a call has been sent
         self.calls = 0
         self.usage: Json = {}
         self.spent: List[Json] = []  # the usage of answers that were empty
@@ -2758,7 +2751,7 @@ class MessageEmitter:
             "usage": full_usage(self.input_tokens)}}]
 
     def feed(self, chunks: Iterable[Json]) -> List[Json]:
-        """GenerateContentResponses -> events. Unknown parts and fields are passed over. Raises
+        """GenerateContentResponses -> events. Unknown parts and fields are ignored. Raises
         ProxyError 500 for a chunk that is no such response."""
         with malformed_chunks():
             for chunk in chunks:
@@ -2785,7 +2778,7 @@ class MessageEmitter:
 
     @property
     def has_started(self) -> bool:
-        """A block has been given out."""
+        """A block has been sent."""
         return self._index >= 0
 
     @property
@@ -2794,7 +2787,7 @@ class MessageEmitter:
         return not self.answered and not self._block_reason and self.finish_reason in ASK_AGAIN
 
     def keep_alive(self) -> List[Json]:
-        """A delta that changes nothing: some clients do not take pings for a sign of life."""
+        """An empty delta: some clients do not count pings as activity."""
         if not self._open and self._thinking and not self.answered:
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
         if self._open == "thinking":
@@ -2804,7 +2797,7 @@ class MessageEmitter:
         return self._take()
 
     def finish(self) -> List[Json]:
-        """End the message: sources, a word where the answer is empty or was stopped, the totals."""
+        """End the message: sources, a note where the answer is empty or was stopped, the totals."""
         reason, note = stop_reason(self.finish_reason, self.calls > 0)
         if self._block_reason and not self.answered:
             reason, note = "refusal", "The model refused this prompt: %s." % self._block_reason
@@ -2861,7 +2854,7 @@ class MessageEmitter:
         shown = self._thinking == "shown"
         if text or not signature:
             self._delta({"type": "thinking_delta", "thinking": text if shown else ""})
-        if signature and shown:  # it goes back whole, or not at all
+        if signature and shown:  # it is sent back whole, or not at all
             self._signature = THOUGHT_MARK + signature
 
     def _text(self, text: str) -> None:
@@ -2875,9 +2868,8 @@ class MessageEmitter:
         self._text(("\n\n" if self._open == "text" else "") + text)
 
     def _function_call(self, call: Json, signature: str, upstream_id: str) -> None:
-        """Give out a call once. A signed one is preceded by a thinking block that carries its
-        signature over a restart of the proxy, if the client has thinking on. An upstream that wants
-        its own id back finds it in ours (`call_id`)."""
+        """Emit a call once. If thinking is on, a thinking block before it has its signature, which
+        so survives a restart of the proxy. Our id contains the upstream's (`call_id`)."""
         name, args = call.get("name"), call.get("args") or {}
         if not isinstance(args, dict):
             raise TypeError("arguments that are no object")
@@ -2998,17 +2990,15 @@ def upstream_json(value: Any) -> str:
         raise ValueError("a number that JSON does not have, or too deep a nesting") from None
 
 
-def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, thinking_tokens: int = 0,
+def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, thinking: int = 0,
                searches: int = 0) -> Json:
     """Anthropic's usage object with all fields that its published schema requires."""
+    tool_use = {"web_search_requests": searches, "web_fetch_requests": 0} if searches else None
     return {"input_tokens": input_tokens, "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
-            "output_tokens": output_tokens,
-            "output_tokens_details": {"thinking_tokens": thinking_tokens},
-            "server_tool_use": {"web_search_requests": searches, "web_fetch_requests": 0}
-            if searches else None,
-            "service_tier": "standard", "inference_geo": None}
+            "output_tokens": output_tokens, "output_tokens_details": {"thinking_tokens": thinking},
+            "server_tool_use": tool_use, "service_tier": "standard", "inference_geo": None}
 
 
 def web_source(chunk: Json) -> Tuple[str, str]:
