@@ -20,10 +20,13 @@ bytes. `live` reads streamGenerateContent; `replay` asks generateContent, and th
 one chunk into the same emitter. There is no second way from Gemini to Anthropic; an OpenAI answer
 takes the same one, as Gemini-shaped chunks (to_openai, ChunksFromOpenAI).
 
-Sections: 1 errors, 2 settings, 3 models and prices, 4 JSON and request checks, 5 request to
-Gemini, 6 JSON Schema and repairs, 7 OpenAI, 8 answer to Anthropic, 9 wire formats, 10 shared state,
-11 HTTP to upstreams, 12 upstreams, 13 delivery, 14 HTTP server, 15 endpoints, 16 page, 17 program.
-Sections 1 to 9 are pure: no I/O, clock, environment or random. A table stands above what uses it.
+Sections have a kind, and test_proxy.py proves it of the pure ones: they name no socket, file,
+process, thread, clock, environment or random. Before you trust the program with a key, read
+  11 HTTP to upstreams, 12 upstreams        the network: where keys and prompts go
+  13 delivery, 14 HTTP server, 15 endpoints the network: who may ask, and what is logged
+  17 program                                files (.env, LOG_FILE), processes, the environment
+and 10, the shared state: what stays in memory. These are about NNNN lines; the rest, 1 to 9 and 16,
+is translation. A table stands above what uses it.
 
 Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
 writes nothing to disk but the log that LOG_FILE names; keeps in memory, of a conversation, only
@@ -74,7 +77,7 @@ from types import MappingProxyType
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Tuple)
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = ["Config", "ProxyError", "events_from_gemini", "load_config", "make_server",
            "message_from_events", "to_gemini"]
 
