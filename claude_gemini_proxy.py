@@ -230,8 +230,7 @@ def _dicts(value: Any) -> List[Json]:
 
 
 def _failure(status: int, message: str, details: str, name: str) -> ProxyError:
-    """Overload, faults, and a 400 worded as Anthropic's clients expect it before they compact or
-    drop a medium."""
+    """Overload, faults, and a 400 in the wording on which Anthropic's clients compact."""
     overflow = _OVERFLOW.search(message)
     limit, tokens = overflow_numbers(overflow) if overflow else (0, 0)
     if status in (502, 503, 529):
@@ -390,8 +389,7 @@ def parse_prices(value: str) -> Tuple[Tuple, ...]:
     return tuple(rows)
 
 
-# A reader turns the text of another program's variable into that of the setting; "" if it means
-# something else.
+# A reader turns another program's variable into the text of a setting; "" means not set.
 Reader = Callable[[str], str]
 
 
@@ -890,8 +888,7 @@ def checked_route(upstream: str, model: str) -> Route:
 
 
 def tier_model(name: str, config: Config) -> str:
-    """The model for a tier of Claude's, by a word in the requested name; "default" is the first one
-    that a server lists."""
+    """The model for a tier of Claude's; "default" is the first one that a server lists."""
     upstream, tier = config.upstreams[0], name.lower()
     own = "%s/%s" % (upstream, name)
     big, small = {
@@ -963,19 +960,20 @@ def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[flo
     if type(usage.get("cost")) in (int, float) and 0 <= usage["cost"] <= COST_LIMIT:
         return float(usage["cost"])
     count = sane_counts(usage)
-    prompt, cached = count.get("promptTokenCount", 0), count.get("cachedContentTokenCount", 0)
+    prompt, cached = count["promptTokenCount"], count["cachedContentTokenCount"]
     price = price_of(route, config, day, prompt)
     if price is None:
         return None
-    fresh = max(0, prompt - cached) + count.get("toolUsePromptTokenCount", 0)
-    output = count.get("candidatesTokenCount", 0) + count.get("thoughtsTokenCount", 0)
+    fresh = max(0, prompt - cached) + count["toolUsePromptTokenCount"]
+    output = count["candidatesTokenCount"] + count["thoughtsTokenCount"]
     tier = TIER_PRICES.get(config.service_tier, 1.0) if route.upstream == "gemini" else 1.0
     return tier * (fresh * price.input + cached * price.cached + output * price.output) / 1e6
 
 
-def sane_counts(usage: Json) -> Dict[str, int]:
-    """The token counts of a usageMetadata, but for those that no model can reach."""
-    return {name: n for name, n in usage.items() if type(n) is int and 0 <= n <= TOKENS_LIMIT}
+def sane_counts(usage: Json) -> Counter:
+    """The token counts of a usageMetadata, but for those that no model can reach; 0 for others."""
+    return Counter({name: n for name, n in usage.items()
+                    if type(n) is int and 0 <= n <= TOKENS_LIMIT})
 
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
@@ -1120,8 +1118,7 @@ class History:
 
 
 class Translation:
-    """A request in translation: the state of its history, the upstream's body, and what is needed
-    to read the answer."""
+    """A request in translation: its history, the upstream's body, and how to read the answer."""
 
     def __init__(self, rule: ModelRule, lookup: Lookup, tool_name: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
@@ -1256,8 +1253,7 @@ def to_turns(messages: Sequence[Any], history: History) -> List[Turn]:
 
 def system_message(message: Json, blocks: List[Json], is_before_user: bool, history: History,
                    leads: bool, path: str) -> List[Json]:
-    """The blocks that a `role: system` message adds to the user turn; its other texts and its
-    effort go into `history`."""
+    """The blocks that a `role: system` message adds to the user turn; the rest is in `history`."""
     if isinstance(message.get("output_config"), dict):
         history.effort = message["output_config"].get("effort") or history.effort
     if message.get("clear_at") == "next_user_message" and is_before_user:
@@ -1330,8 +1326,7 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Js
 
 def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
     """Blocks of a user turn -> parts: a response for each open call, in call order, then the rest.
-    Calls without a result get an error, results without a call become text, a second result for the
-    same call is dropped."""
+    Calls without a result get an error, results without a call become text."""
     results: Dict[str, Deque[Tuple[Json, List[Json]]]] = {}
     others: List[Json] = []
     known = {call.tool_use_id for call in t.history.calls.values()}
@@ -1662,8 +1657,7 @@ REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
 
 def offered_tools(request: Json, history: History) -> List[Json]:
     """The tools to declare: all but withdrawn ones, and deferred ones that nothing has loaded.
-    Where Anthropic would search the tools itself (tool_search_tool_*), deferred ones are
-    offered."""
+    Those are offered where Anthropic would search them itself (tool_search_tool_*)."""
     searchable = False
     unique: Dict[str, Json] = {}
     for i, tool in enumerate((request.get("tools") or []) + history.added_tools):
@@ -1850,8 +1844,7 @@ SCHEMA_GROWTH, SCHEMA_ALLOWANCE = 6, 4000
 def to_gemini_schema(schema: Any, root: bool = False) -> Json:
     """JSON Schema -> the subset that Gemini is recorded to take; the rest goes into descriptions.
     With `root` the result is an object schema, as function parameters must be. Never raises.
-    Source: https://ai.google.dev/gemini-api/docs/structured-output (read 2026-11-20),
-    recordings."""
+    Source: https://ai.google.dev/gemini-api/docs/structured-output (2026-11-20), recordings."""
     node = SchemaCleaner(schema).node(schema)
     return _as_object(node) if root and node.get("type") != "object" else node
 
@@ -1880,8 +1873,7 @@ def _in_all(lists: Sequence[List[str]]) -> List[str]:
 
 
 class SchemaCleaner:
-    """Cleans the nodes of one document. What would cost more than the document allows becomes an
-    open object."""
+    """Cleans the nodes of one document; what exceeds its limits becomes an open object."""
 
     def __init__(self, document: Any) -> None:
         self.document = document
@@ -2435,8 +2427,7 @@ def mark_cache(messages: List[Json]) -> None:
 
 class ChunksFromOpenAI:
     """Turns the chunks of one chat.completion, or a whole one, into Gemini-shaped chunks. Text and
-    reasoning pass at once; calls at the end, as their pieces may be mixed, and what must be sent
-    back with them may come last."""
+    reasoning pass at once; calls at the end, as their pieces may be mixed."""
 
     def __init__(self, dialect: str = "other") -> None:
         self._dialect = dialect
@@ -2552,8 +2543,7 @@ class ChunksFromOpenAI:
 
 
 def begins_call(call: Json, id_: str, name: str, has_arguments: bool) -> bool:
-    """Whether a piece with a name does not belong to this call: it has another id or name, or the
-    call has all its arguments."""
+    """Whether a named piece is of another call: by its id or name, or as this one is complete."""
     if id_ and call["id"] not in ("", id_) or call["name"] not in ("", name):
         return True
     call["checks"] += 1  # it reads them anew each time: not for ever
@@ -2799,7 +2789,7 @@ class MessageEmitter:
             "id": self._new_id("msg_"), "type": "message", "role": "assistant",
             "model": self.requested_model, "content": [], "stop_reason": None,
             "stop_sequence": None, "stop_details": None, "container": None,
-            "usage": full_usage(self.input_tokens)}}]
+            "usage": full_usage({}, self.input_tokens)}}]
 
     def feed(self, chunks: Iterable[Json]) -> List[Json]:
         """GenerateContentResponses -> events. Unknown parts and fields are ignored. Raises
@@ -2841,10 +2831,8 @@ class MessageEmitter:
         """An empty delta: some clients do not count pings as activity."""
         if not self._open and self._thinking and not self.answered:
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
-        if self._open == "thinking":
-            self._delta({"type": "thinking_delta", "thinking": ""})
-        elif self._open == "text":
-            self._delta({"type": "text_delta", "text": ""})
+        if self._open in ("thinking", "text"):
+            self._delta({"type": self._open + "_delta", self._open: ""})
         return self._take()
 
     def finish(self) -> List[Json]:
@@ -2862,7 +2850,8 @@ class MessageEmitter:
             self._paragraph("[%s]" % note)
         self._close()
         refusal = {"type": "refusal", "category": None, "explanation": note}
-        delta = {"type": "message_delta", "usage": self._total_usage(searches), "delta": {
+        usage = full_usage(self.usage, self.input_tokens, searches)
+        delta = {"type": "message_delta", "usage": usage, "delta": {
             "stop_reason": reason, "stop_sequence": None, "container": None,
             "stop_details": refusal if reason == "refusal" else None}}
         if self.safeguard_results:
@@ -2969,8 +2958,9 @@ class MessageEmitter:
                    "return_code": 0, "content": []}
         if result.get("outcome") not in ("OUTCOME_OK", 1):
             content.update(stdout="", stderr=output or str(result.get("outcome")), return_code=1)
-        self._whole_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
-                           "caller": {"type": "direct"}, "content": content})
+        self._open_block({"type": "code_execution_tool_result", "tool_use_id": self._code_id,
+                          "caller": {"type": "direct"}, "content": content})
+        self._close()
         self._code_id = ""
 
     def _sources(self) -> int:
@@ -2989,8 +2979,9 @@ class MessageEmitter:
                        {"query": "; ".join(queries)})
         results = [{"type": "web_search_result", "url": url, "title": title or url,
                     "encrypted_content": "", "page_age": None} for url, title in sources]
-        self._whole_block({"type": "web_search_tool_result", "tool_use_id": search_id,
-                           "caller": {"type": "direct"}, "content": results})
+        self._open_block({"type": "web_search_tool_result", "tool_use_id": search_id,
+                          "caller": {"type": "direct"}, "content": results})
+        self._close()
         return max(1, len(queries))
 
     def _cite(self, support: Json, sources: Sequence[Tuple[str, str]]) -> None:
@@ -3008,10 +2999,6 @@ class MessageEmitter:
         self._open = block["type"]
         self._out.append({"type": "content_block_start", "index": self._index,
                           "content_block": block})
-
-    def _whole_block(self, block: Json) -> None:
-        self._open_block(block)
-        self._close()
 
     def _delta(self, delta: Json) -> None:
         self._out.append({"type": "content_block_delta", "index": self._index, "delta": delta})
@@ -3031,16 +3018,6 @@ class MessageEmitter:
         out, self._out = self._out, []
         return out
 
-    def _total_usage(self, searches: int) -> Json:
-        usage = sane_counts(self.usage)
-        cached = usage.get("cachedContentTokenCount", 0)
-        prompt = max(0, usage.get("promptTokenCount", 0) - cached)
-        prompt += usage.get("toolUsePromptTokenCount", 0)
-        thoughts = usage.get("thoughtsTokenCount", 0)
-        return full_usage(prompt if usage else self.input_tokens, cached,
-                          usage.get("candidatesTokenCount", 0) + thoughts, thoughts, searches)
-
-
 def upstream_json(value: Any) -> str:
     """JSON of what an upstream has sent; ValueError if that cannot be written."""
     try:
@@ -3049,14 +3026,18 @@ def upstream_json(value: Any) -> str:
         raise ValueError("a number that JSON does not have, or too deep a nesting") from None
 
 
-def full_usage(input_tokens: int, cached: int = 0, output_tokens: int = 0, thinking: int = 0,
-               searches: int = 0) -> Json:
-    """Anthropic's usage object with all fields that its published schema requires."""
+def full_usage(usage: Json, estimate: int, searches: int = 0) -> Json:
+    """usageMetadata -> Anthropic's usage object with all fields that its published schema requires;
+    `estimate` is the input while there is no usageMetadata."""
+    count = sane_counts(usage)
+    cached, thoughts = count["cachedContentTokenCount"], count["thoughtsTokenCount"]
+    fresh = max(0, count["promptTokenCount"] - cached) + count["toolUsePromptTokenCount"]
     tool_use = {"web_search_requests": searches, "web_fetch_requests": 0} if searches else None
-    return {"input_tokens": input_tokens, "cache_creation_input_tokens": 0,
+    return {"input_tokens": fresh if count else estimate, "cache_creation_input_tokens": 0,
             "cache_read_input_tokens": cached,
             "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
-            "output_tokens": output_tokens, "output_tokens_details": {"thinking_tokens": thinking},
+            "output_tokens": count["candidatesTokenCount"] + thoughts,
+            "output_tokens_details": {"thinking_tokens": thoughts},
             "server_tool_use": tool_use, "service_tier": "standard", "inference_geo": None}
 
 
@@ -3368,8 +3349,7 @@ def frames_of(events: Iterable[Json]) -> bytes:
 def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     """Bytes of an SSE stream, cut anywhere -> the JSON objects that each piece completes. Also
     takes several `data:` lines in a record, and the bare, pretty-printed error that Gemini sends
-    without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError on anything
-    that is not JSON."""
+    without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError."""
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
