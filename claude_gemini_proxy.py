@@ -1703,7 +1703,9 @@ def declared_tools(tools: Sequence[Json], t: Translation,
 
 
 def by_prefix(table: Mapping[str, Any], kind: str) -> Any:
-    """The row for a dated tool type such as web_search_20250305, or None."""
+    """The row for a dated tool type such as web_search_20250305, or None; "custom" has none."""
+    if kind == "custom":  # most tools are
+        return None
     return next((row for prefix, row in table.items() if kind.startswith(prefix)), None)
 
 
