@@ -2331,7 +2331,8 @@ def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json
                 "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
             calls[-1].update((field, kept.pop(field)) for field in CALL_EXTRAS if field in kept)
         message.update(kept)
-    if texts or not calls or dialect == "other":
+    is_litellm = bool(calls) and "provider_specific_fields" in calls[0]  # it makes "" a part
+    if texts or not calls or (dialect == "other" and not is_litellm):
         message["content"] = "\n\n".join(texts)
     if calls:
         message["tool_calls"] = calls
@@ -2387,7 +2388,7 @@ def kept_fields(signature: str, dialect: str) -> Json:
     """What `kept_signature` has put into a signature; {} for one of another kind of server."""
     kept = None
     if signature.startswith(OPENAI_MARK):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             kept = json.loads(base64.urlsafe_b64decode(signature[len(OPENAI_MARK):]))
     return kept if isinstance(kept, dict) and kept.pop("for", "") == dialect else {}
 

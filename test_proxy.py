@@ -4163,7 +4163,7 @@ class NoTokens(ProxyCase):
         for stream in (False, True):
             r = self.run_proxy()
             status, answer_ = r.ask(request(max_tokens=0, stream=stream))
-            message = proxy.message_from_events(check_grammar(answer_)) if stream else answer_
+            message = proxy.message_from_events(answer_) if stream else answer_
             self.assertEqual((status, message["content"], message["stop_reason"]),
                              (200, [], "max_tokens"))
             self.assertGreater(message["usage"]["input_tokens"], 0)
