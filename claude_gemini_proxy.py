@@ -290,13 +290,16 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + seconds
 
 
-@contextlib.contextmanager
-def malformed_chunks() -> Iterator[None]:
-    """Make one clear error of what fails on a chunk that is not as documented."""
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as exc:
-        raise ProxyError(500, "The upstream's answer has an unknown form: %s" % exc) from exc
+class MalformedChunks:
+    """Chunks are taken as documented; what breaks on one that is not becomes one clear error. (A
+    generator would keep the frames of the error, and so the request, in memory on 3.13.)"""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
+        if isinstance(exc, (AttributeError, IndexError, KeyError, TypeError, ValueError)):
+            raise ProxyError(500, "The upstream's answer has an unknown form: %s" % exc) from exc
 
 
 # ---- 2. Settings (pure) ---------------------------------------------------------------------
@@ -735,19 +738,27 @@ def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     for name, row in rows.items():
         if name.upper() in dotenv and not row.metadata["dotenv"]:
             raise ValueError("%s is not taken from .env: set it in the environment" % name.upper())
-    for name, read in environment_names(rows["host"]):
-        if dotenv.get(name) and not is_loopback(read(dotenv[name]) or "127.0.0.1"):
+    for name, text in given(("host",), dotenv):
+        if not is_loopback(text):
             raise ValueError("%s in .env may only be a loopback address: set it in the environment"
                              % name)
-    keys = [name for key in ("gemini_api_key", "gemini_token_command", "client_keys",
-                             "openai_api_key", "openrouter_api_key", "anthropic_api_key")
-            for name, read in environment_names(rows[key]) if environ.get(name)
-            and (read is not gemini_keys_only or read(environ[name]))]
-    bases = [name for base in ("gemini_api_base", "openai_api_base")
-             for name, _ in environment_names(rows[base]) if dotenv.get(name)]
+    keys = list(given(("gemini_api_key", "gemini_token_command", "client_keys", "openai_api_key",
+                       "openrouter_api_key", "anthropic_api_key"), environ))
+    bases = list(given(("gemini_api_base", "openai_api_base"), dotenv))
     if keys and bases:
         raise ValueError("%s is in .env, but %s is not: put both in one place"
-                         % (bases[0], keys[0]))
+                         % (bases[0][0], keys[0][0]))
+
+
+def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Iterator[Tuple[str, str]]:
+    """-> (environment name, text), for the names that give one of these settings a value"""
+    for row in dataclasses.fields(Config):
+        for name, read in environment_names(row) if row.name in settings else ():
+            text = mapping.get(name) or ""
+            with contextlib.suppress(ValueError):  # told where the setting is read
+                text = read(text) if text else ""
+            if text:
+                yield name, text
 
 
 def is_loopback(host: str) -> bool:
@@ -844,11 +855,26 @@ def resolve_model(requested: str, config: Config) -> Route:
     if len(requested) > NAME_LIMIT:
         raise ProxyError(404, "model: %s..." % requested[:NAME_LIMIT])
     name = bare_name(requested)
-    mapped = (target for pattern, target in config.model_map if fnmatch.fnmatchcase(name, pattern))
+    mapped = (target for pattern, target in config.model_map if fits(pattern, name))
     target = config.anthropic_model or next(mapped, "")
     if target:
         return route_to(target, config)
     return route_by_name(name, config) or route_to(tier_model(name, config), config)
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a name fits a pattern with * wildcards. (fnmatch takes polynomial time on 3.8.)"""
+    first, *pieces = pattern.split("*")
+    if not pieces:
+        return name == pattern
+    position = len(first)
+    for piece in pieces[:-1]:
+        found = name.find(piece, position)
+        if found < 0:
+            return False
+        position = found + len(piece)
+    return (name.startswith(first) and name.endswith(pieces[-1])
+            and len(name) - len(pieces[-1]) >= position)
 
 
 def bare_name(name: str) -> str:
@@ -2327,16 +2353,24 @@ def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json
         kept = kept_fields(signature, dialect) if call or signature not in returned else {}
         returned.add(signature)
         if call:
-            calls.append({"id": openai_id(call["id"], dialect), "type": "function", "function": {
-                "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}})
-            calls[-1].update((field, kept.pop(field)) for field in CALL_EXTRAS if field in kept)
+            extras = {field: kept.pop(field) for field in CALL_EXTRAS if field in kept}
+            calls.append(dict(openai_call(call, dialect), **extras))
         message.update(kept)
-    is_litellm = bool(calls) and "provider_specific_fields" in calls[0]  # it makes "" a part
-    if texts or not calls or (dialect == "other" and not is_litellm):
-        message["content"] = "\n\n".join(texts)
     if calls:
         message["tool_calls"] = calls
+    if texts or needs_content(calls, dialect):
+        message["content"] = "\n\n".join(texts)
     return message
+
+
+def needs_content(calls: Sequence[Json], dialect: str) -> bool:
+    """Whether a message without text has a `content`. LiteLLM would make an empty part of it."""
+    return not calls or (dialect == "other" and "provider_specific_fields" not in calls[0])
+
+
+def openai_call(call: Json, dialect: str) -> Json:
+    return {"id": openai_id(call["id"], dialect), "type": "function", "function": {
+        "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}}
 
 
 def openai_id(id_: str, dialect: str) -> str:
@@ -2441,7 +2475,7 @@ class ChunksFromOpenAI:
         self._refuses = self._streams = self._finished = False
 
     def feed(self, chunk: Json) -> Json:
-        with malformed_chunks():
+        with MalformedChunks():
             choice = next((c for c in chunk.get("choices") or () if not c.get("index")), {})
             delta = choice.get("delta") or {}
             self._streams = self._streams or bool(delta)
@@ -2460,7 +2494,7 @@ class ChunksFromOpenAI:
     def end(self) -> List[Json]:
         """What is left when the stream ends without a finish_reason."""
         candidate: Json = {"content": {"parts": []}}
-        with malformed_chunks():
+        with MalformedChunks():
             malformed = self._take_calls(candidate["content"]["parts"])
         if malformed:
             candidate.update(finishReason="MALFORMED_FUNCTION_CALL", finishMessage=malformed)
@@ -2572,10 +2606,7 @@ def joined_details(details: Sequence[Json]) -> List[Json]:
     """Pieces of reasoning_details -> whole ones; those of one index and type are one."""
     joined: List[Json] = []
     for detail in details:
-        last = joined[-1] if joined else {}
-        other_id = detail.get("id") and last.get("id") not in (None, detail["id"])
-        if any(last.get(key) != detail.get(key) for key in ("type", "index")) or (
-                detail.get("type") == "reasoning.encrypted" or other_id or last.get("signature")):
+        if not joined or begins_detail(joined[-1], detail):
             joined.append({})
         for key, value in detail.items():
             if key in ("text", "summary") and isinstance(value, str):
@@ -2584,6 +2615,13 @@ def joined_details(details: Sequence[Json]) -> List[Json]:
                 joined[-1][key] = value
     return [{key: "".join(value) if key in ("text", "summary") and isinstance(value, list)
              else value for key, value in detail.items()} for detail in joined]
+
+
+def begins_detail(last: Json, detail: Json) -> bool:
+    """Whether a piece does not belong to the last detail."""
+    return (any(last.get(key) != detail.get(key) for key in ("type", "index"))
+            or detail.get("type") == "reasoning.encrypted" or "signature" in last
+            or bool(detail.get("id")) and last.get("id") not in (None, detail["id"]))
 
 
 def openai_sources(annotations: Sequence[Json]) -> Json:
@@ -2797,7 +2835,7 @@ class MessageEmitter:
     def feed(self, chunks: Iterable[Json]) -> List[Json]:
         """GenerateContentResponses -> events. Unknown parts and fields are ignored. Raises
         ProxyError 500 for a chunk that is no such response."""
-        with malformed_chunks():
+        with MalformedChunks():
             for chunk in chunks:
                 self._chunk(chunk)
         return self._take()
@@ -2847,7 +2885,7 @@ class MessageEmitter:
         if not note and not self.answered:
             note = ("The model used its whole limit to think; raise max_tokens or lower the effort."
                     if reason == "max_tokens" else "The model gave an empty answer.")
-        with malformed_chunks():
+        with MalformedChunks():
             searches = self._sources()
         if note:
             self._paragraph("[%s]" % note)
@@ -3356,16 +3394,11 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
-    is_first = True
-    for piece in pieces:
+    for piece in without_mark(pieces):
         if b"\n" not in piece:
             held.append(piece)
             continue
-        whole = b"".join(held) + piece
-        if is_first and whole.startswith(BYTE_ORDER_MARK):
-            whole = whole[len(BYTE_ORDER_MARK):]
-        is_first = False
-        lines = whole.split(b"\n")
+        lines = (b"".join(held) + piece).split(b"\n")
         held = [lines.pop()]
         batch: List[Json] = []
         for line in lines:
@@ -3385,6 +3418,20 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     batch = _objects(b"\n".join(data)) + _objects(b"\n".join(bare))
     if batch:
         yield batch
+
+
+def without_mark(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same without a byte order mark at the start."""
+    start, started = b"", False
+    for piece in pieces:
+        if not started:
+            start += piece
+            started = len(start) >= len(BYTE_ORDER_MARK)
+            piece = start[3:] if start.startswith(BYTE_ORDER_MARK) else start
+        if started:
+            yield piece
+    if not started:
+        yield start
 
 
 STREAM_DONE: Json = {"object": "[DONE]"}
@@ -4214,13 +4261,18 @@ def parse_upstream(raw: bytes) -> Any:
         raise ValueError(exc.message) from None
 
 
-@contextlib.contextmanager
-def connection_errors(exchange: Exchange, name: str) -> Iterator[None]:
+class ConnectionErrors:
     """A connection that failed, or an answer that is none -> ProxyError."""
-    try:
-        yield
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
-        raise connection_error(exc, exchange, name) from exc
+
+    def __init__(self, exchange: Exchange, name: str) -> None:
+        self._exchange, self._name = exchange, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
+        if isinstance(exc, (OSError, http.client.HTTPException, ValueError, RecursionError)):
+            raise connection_error(exc, self._exchange, self._name) from exc
 
 
 def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyError:
@@ -4366,7 +4418,7 @@ class Upstream:
     def _request(self, exchange: Exchange, stream: bool) -> Iterator[Batch]:
         """One request -> batches of its answer, or ProxyError."""
         response, read = self.ask(exchange, stream), self.reader()
-        with connection_errors(exchange, self.NAME), contextlib.closing(response):
+        with ConnectionErrors(exchange, self.NAME), contextlib.closing(response):
             if stream and self.streaming_unsupported(response.status):
                 refusal = response.read(100000)  # asking for the whole answer tells what is missing
                 said = str(google_error(refusal).get("message")).lower()
@@ -4480,7 +4532,7 @@ class Upstream:
         exchange = Exchange({}, [Route("gemini", "")], client_key=client_key)
         exchange.deadline = time.monotonic() + self.COUNT_SECONDS
         try:
-            with connection_errors(exchange, self.NAME), contextlib.closing(
+            with ConnectionErrors(exchange, self.NAME), contextlib.closing(
                     self.send(exchange, path, None, headers)) as response:
                 self._check(response, exchange)
                 return parse_upstream(response.read(10 << 20))
@@ -4496,7 +4548,7 @@ class Upstream:
                   "User-Agent": "claude_gemini_proxy/" + __version__, **headers,
                   **self.authorization(exchange)}
         left = exchange.deadline - time.monotonic() if exchange.deadline else math.inf
-        with connection_errors(exchange, self.NAME):
+        with ConnectionErrors(exchange, self.NAME):
             request = urllib.request.Request("%s/%s" % (self.base, path), data, fields)
             request.exchange = exchange
             return self._opener.open(
@@ -4572,7 +4624,7 @@ class Gemini(Upstream):
         if not self._counting.acquire(timeout=self.COUNT_SECONDS):
             return None
         try:
-            with connection_errors(exchange, self.NAME), contextlib.closing(
+            with ConnectionErrors(exchange, self.NAME), contextlib.closing(
                     self._post(exchange, body, "countTokens")) as response:
                 self._check(response, exchange)
                 counted = parse_upstream(response.read(100000))

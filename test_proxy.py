@@ -34,6 +34,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import http.client
 import importlib.util
 import io
@@ -44,6 +45,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import signal
 import socket
 import ssl
@@ -53,11 +55,22 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import unittest
+import urllib.parse
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+try:
+    from re import _parser as regex_parser
+except ImportError:
+    import sre_parse as regex_parser
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 sys.dont_write_bytecode = True
@@ -5168,7 +5181,1333 @@ class Program(ProxyCase):
         self.assertIn("built-in demo model", output)
 
 
-# ---- 17. Benchmark --------------------------------------------------------------------------
+# ---- 17. Those who mean harm ----------------------------------------------------------------
+# What DESIGN 2 (what a .env may do) and DESIGN 9 (everything is bounded) promise. No clock decides:
+# bytes, runs and descriptors are counted. Limits of time only end a test that would hang.
+HOSTILE_TEXTS = (
+    "plain", "", " ", "it's", "\\", "x\\", "\\'", "\\\\'", "\\'\";touch pwned;#",
+    "'; touch pwned; '", '"; touch pwned; "', "$(touch pwned)", "`touch pwned`", "$HOME", "${A}",
+    "%PATH%", "%self", "100%", "^&|<>", "a&b", "a;b", "!x!", "*?~", "(touch pwned)", "{a,b}", "#",
+    "@(1)", "-e", "\u2019; touch pwned; \u2019", "\u2018; touch pwned; \u2018", "\u201a\u201b",
+    "\u201cx\u201d", "a\nb", "a\ntouch pwned", "a\r\nb", "tab\t", "\x1b[31m", "\u00e9\u20ac")
+
+
+@contextlib.contextmanager
+def log_text(level=logging.DEBUG):
+    """The program's log as it writes it, in an io.StringIO."""
+    text, log = io.StringIO(), logging.getLogger("claude_gemini_proxy")
+    handler, before = logging.StreamHandler(text), log.level
+    handler.setFormatter(proxy.LogLines(False, False))
+    log.addHandler(handler)
+    log.setLevel(level)
+    try:
+        yield text
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+class BytesUpstream:
+    """An upstream that sends what it likes: `answer(sock, head)` is called for a request that was
+    read whole, and the connection is closed behind it."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d/v1beta" % self.listener.getsockname()[1]
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                sock = self.listener.accept()[0]
+                threading.Thread(target=self.serve, args=(sock,), daemon=True).start()
+
+    def serve(self, sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        with contextlib.suppress(OSError, ValueError), sock, sock.makefile("rb") as file:
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += file.readline() or b"\r\n\r\n"
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            file.read(int(length.group(1)) if length else 0)
+            self.answer(sock, head)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+def idle(running):
+    """Whether no client's connection is left."""
+    return not getattr(running.server, "connections", getattr(running.server, "active", 0))
+
+
+def pour(sock, piece, most, pause=0.0):
+    """Send a piece again and again -> bytes that were sent before the other side hung up, or
+    `most`."""
+    sent = 0
+    sock.settimeout(5)
+    with contextlib.suppress(OSError):
+        while sent < most:
+            sock.sendall(piece)
+            sent += len(piece)
+            time.sleep(pause)
+    return sent
+
+
+def run_in_folder(prepare, *args, memory=0, **environment):
+    """Run the program in a folder that `prepare(path of its .env)` fills -> (status, output,
+    folder's files). With `memory` in a process of its own that may have so many bytes; the status
+    is None if that does not end."""
+    environment = dict({"PATH": "/usr/bin:/bin"}, PYTHONPATH=os.path.dirname(proxy.__file__),
+                       PYTHONPYCACHEPREFIX=compiled().name, **environment)
+    before, output = os.getcwd(), io.StringIO()
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(os.path.join(folder, ".env"))
+        if memory:
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "claude_gemini_proxy", *args], cwd=folder, timeout=5,
+                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (memory, memory)))
+            except subprocess.TimeoutExpired:
+                return None, "", []
+            return done.returncode, done.stdout.decode("utf-8", "replace"), os.listdir(folder)
+        os.chdir(folder)
+        try:
+            with mock.patch.dict(os.environ, environment, clear=True), \
+                    contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                status = proxy.main(args)
+        except SystemExit as exc:  # argparse's way out
+            status = exc.code
+        finally:
+            os.chdir(before)
+        return status, output.getvalue(), os.listdir(folder)
+
+
+def written(data):
+    """-> a `prepare` that writes these bytes into the .env."""
+    def prepare(path):
+        with open(path, "wb") as file:
+            file.write(data)
+    return prepare
+
+
+# What each shell takes an assignment for: fish's single quotes know \\ and \' (fish 3.6, tried);
+# PowerShell takes five characters for a single quote, and two of them for the second one; cmd has
+# no quoting of `%` or of `"` at all. A reader returns the value, or fails where anything is left
+# outside of quotes. PowerShell's `env powershell | iex` and cmd's `for /f` take line by line.
+FISH_WORD = r"""'(?:[^'\\]|\\[\s\S])*'|"[^"\\$]*"|[\w./:@+,=-]|\\['\\]"""
+QUOTES = "'\u2018\u2019\u201a\u201b"
+
+
+def read_fish(text):
+    word = re.fullmatch("set -gx A ((?:%s)+)" % FISH_WORD, text).group(1)
+    return "".join(re.sub(r"\\(['\\])", r"\1", piece[1:-1] if piece[0] in "'\"" else piece)
+                   for piece in re.findall(FISH_WORD, word))
+
+
+def read_powershell(text):
+    found = re.fullmatch(r"\$env:A = '((?:[^%s\r\n]|[%s]{2})*)'" % (QUOTES, QUOTES), text)
+    return re.sub("[%s]([%s])" % (QUOTES, QUOTES), r"\1", found.group(1))
+
+
+def read_cmd(text):
+    return re.fullmatch(r'(?i)set "A=((?:[^"%!\r\n]|%%)*)"', text).group(1).replace("%%", "%")
+
+
+class Environment(unittest.TestCase):
+    """What `env` prints, and what a stranger's .env can do."""
+
+    def refused(self, text, flags, environ, dotenv=types.MappingProxyType({})):
+        """These settings are refused with one line that holds the text."""
+        with self.subTest(flags=flags, environ=environ, dotenv=dotenv):
+            with self.assertRaises(ValueError) as caught:
+                proxy.load_config(flags, environ, dotenv)
+            self.assertIn(text, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+
+    def quoted(self, shell, read, refusable=""):
+        """Compare every text with what the shell would read; texts with a character of
+        `refusable` may also be refused (ValueError) or left out."""
+        for text in HOSTILE_TEXTS:
+            with self.subTest(text):
+                may_go = any(character in text for character in refusable)
+                try:
+                    printed = proxy.export_lines({"A": text}, shell)
+                except ValueError:
+                    self.assertTrue(may_go, "refused")
+                    continue
+                if printed.strip() or not may_go:
+                    try:
+                        self.assertEqual(read(printed), text)
+                    except AttributeError:
+                        self.fail("something stands outside of quotes: %r" % printed)
+
+    def test_sh_reads_back_every_text(self):
+        for shell in ("sh", "bash", "zsh"):
+            lines = [proxy.export_lines({"A": text}, shell) for text in HOSTILE_TEXTS]
+            done = subprocess.run(
+                ["/bin/sh", "-c", 'for l; do eval "$l"; printf "%s\\0" "$A"; done', "sh", *lines],
+                stdout=subprocess.PIPE, cwd=tempfile.gettempdir())
+            self.assertEqual(done.stdout.decode().split("\0")[:-1], list(HOSTILE_TEXTS))
+
+    def test_fish_reads_back_every_text(self):
+        self.quoted("fish", read_fish)
+
+    def test_powershell_reads_back_every_text_on_one_line(self):
+        self.quoted("powershell", read_powershell, "\r\n")
+        self.quoted("pwsh", read_powershell, "\r\n")
+
+    def test_cmd_reads_back_what_it_can_quote_and_nothing_else_is_printed(self):
+        self.quoted("cmd", read_cmd, '\r\n"%!')
+
+    def test_a_host_in_a_dotenv_cannot_run_a_command(self):
+        for host in ("\\'\";touch pwned;#", "\u2019; touch pwned; \u2019", "$(touch pwned)"):
+            dotenv = written(("HOST=%s\nPROXY_AUTH_TOKEN=t\n" % host).encode())
+            for shell in ("sh", "fish", "powershell"):
+                status, output, _ = run_in_folder(dotenv, "env", shell)
+                self.assertEqual((status, "touch" in output.partition("HOST")[0]), (2, False))
+
+    def test_a_host_is_a_host(self):
+        for host in ("a b", "a;b", "a'b", 'a"b', "a\\b", "$(id)", "`id`", "a\nb", "http://a", "a/b",
+                     "a?b", "a#b", "u@a", "a:80", "%41", "*", "-a", "a..b", "\u2019", "[::1", "::g",
+                     "1.2.3.4.", "x" * 300, "127.0.0.1\x00"):
+            for name, value in (("HOST", host), ("PROXY_LISTEN_ADDR", host + ":80")):
+                self.refused(name, {}, {name: value, "PROXY_AUTH_TOKEN": "t"})
+            self.refused("host", {"host": host}, {"PROXY_AUTH_TOKEN": "t"})
+
+    def test_usual_hosts_are_taken(self):
+        for host in ("localhost", "::1", "0.0.0.0", "::", "my-host.example.org", "192.168.1.7"):
+            proxy.load_config({}, {"HOST": host, "PROXY_AUTH_TOKEN": "t"})
+
+    KEYS = {"GEMINI_API_KEY": "k", "GOOGLE_API_KEY": "k", "API_KEYS": '["k"]',
+            "ANTHROPIC_AUTH_TOKEN": "AIza" + "x" * 35, "GEMINI_TOKEN_COMMAND": "x",
+            "CLIENT_KEYS": "true", "OPENROUTER_API_KEY": "k", "OPENAI_API_KEY": "k",
+            "ANTHROPIC_API_KEY": "k"}
+    BASES = {"GEMINI_API_BASE": "http://evil.example/v1", "GEMINI_ENDPOINT": "evil.example",
+             "GOOGLE_GEMINI_BASE_URL": "http://evil.example",
+             "OPENAI_API_BASE": "http://evil.example/v1"}
+
+    def test_a_dotenv_names_no_upstream_while_any_key_is_in_the_environment(self):
+        for key, base in itertools.product(self.KEYS, self.BASES):
+            self.refused(".env", {}, {key: self.KEYS[key]},
+                         {base: self.BASES[base], "GEMINI_API_KEY": "own"})
+
+    def test_a_dotenv_names_no_upstream_for_the_keys_that_clients_bring(self):
+        for base, value in self.BASES.items():
+            self.refused(".env", {"client_keys": "true"}, {}, {base: value})
+
+    def test_a_dotenv_does_not_open_the_port(self):
+        for address in ({"HOST": "0.0.0.0"}, {"HOST": "::"}, {"HOST": "0"}, {"HOST": "192.0.2.1"},
+                        {"HOST": "some.host"}, {"HOST": "127.0.0.1.evil.example"},
+                        {"PROXY_LISTEN_ADDR": "0.0.0.0:8318"}, {"PROXY_LISTEN_ADDR": "[::]:8318"}):
+            for environ, own in (({}, {"PROXY_AUTH_TOKEN": "t"}), ({"PROXY_AUTH_TOKEN": "t"}, {})):
+                self.refused(".env", {}, environ, dict(address, **own))
+        self.assertEqual(proxy.load_config({}, {}, {"PROXY_LISTEN_ADDR": "[::1]:9"}).host, "::1")
+
+    def test_a_dotenv_names_no_command_and_no_file(self):
+        for row in dataclasses.fields(proxy.Config):
+            if re.search("command|file", row.name):
+                for name, _ in proxy.environment_names(row):
+                    self.refused(".env", {}, {}, {name: "x"})
+        for name in ("GEMINI_TOKEN_COMMAND", "LOG_FILE"):
+            for line in ("%s=x", "export %s=x", "  %s = 'x'", "\ufeff%s=x"):
+                status, output, files = run_in_folder(
+                    written((line % name).encode()), "env", "sh")
+                self.assertEqual((status, files), (2, [".env"]), output)
+
+    def test_a_dotenv_that_is_no_regular_file_is_told_and_not_read(self):
+        def pipe_with_a_writer(path):
+            os.mkfifo(path)
+            self.addCleanup(os.close, os.open(path, os.O_RDWR))
+        for name, prepare in (("a device without end", lambda path: os.symlink("/dev/zero", path)),
+                              ("a FIFO", os.mkfifo), ("a FIFO, written", pipe_with_a_writer)):
+            with self.subTest(name):
+                status, output, _ = run_in_folder(prepare, "env", "sh", memory=1 << 30)
+                self.assertIsNotNone(status, "it hangs")
+                self.assertNotIn("Traceback", output)
+                self.assertIn(".env", output)
+
+    def test_of_a_dotenv_at_most_64_kB_are_read(self):
+        def gigabyte(path):
+            with open(path, "wb") as file:
+                file.write(b"PORT=8400\n")
+                file.truncate(1 << 30)
+        status, output, _ = run_in_folder(gigabyte, "env", "sh", memory=1 << 29)
+        self.assertNotIn("Traceback", output)
+        self.assertIn(status, (0, 2))
+        late = b"#" * 70000 + b"\nPORT=8400\n"
+        self.assertNotIn(":8400", run_in_folder(written(late), "env", "sh")[1])
+
+    def test_a_dotenv_with_a_byte_order_mark_is_read(self):
+        status, output, _ = run_in_folder(written(b"\xef\xbb\xbfPORT=8400\n"), "env", "sh")
+        self.assertEqual((status, ":8400" in output), (0, True), output)
+
+    def test_a_dotenv_that_cannot_be_used_is_told(self):
+        self.assertIn(".env", run_in_folder(os.mkdir, "env", "sh")[1])
+        for name, data in (("UTF-16", "PORT=8400\n".encode("utf-16")), ("Latin-1", b"A=\xe9\n"),
+                           ("UTF-32", "PORT=8400\n".encode("utf-32")), ("zeros", bytes(4000)),
+                           ("no line of the form", b"PORT: 8400\n"), ("JSON", b'{"PORT": 8400}')):
+            with self.subTest(name):
+                status, output, _ = run_in_folder(written(data), "env", "sh")
+                self.assertIn(".env", output)
+                self.assertNotIn("Traceback", output)
+
+    def test_a_name_in_a_dotenv_that_is_one_slip_from_a_setting_is_told(self):
+        for name in ("GEMNI_API_KEY", "GEMINI_APIKEY", "GEMINI_API_KEYS", "PROT"):
+            output = run_in_folder(written(name.encode() + b"=x\n"), "env", "sh")[1]
+            self.assertIn(name, output)
+
+    def test_a_key_that_is_given_in_a_wrong_place_is_not_printed(self):
+        key, own = "AIza" + "CANARY" * 6, "CANARY-of-no-known-form"
+        cases = [(args, {}) for args in (
+            (key,), ("serve", key), ("--gemini-api-key", key), ("--gemini-api-key=" + key,),
+            ("env", key), ("--port", key), ("--host", key), ("check", key), ("--" + key,))]
+        cases += [((), {name: key}) for name in (
+            "PORT", "HOST", "STREAM_MODE", "DEBUG", "MODEL_MAP", "GEMINI_API_BASE", "PRICES")]
+        cases += [((), {"GEMINI_API_BASE": "https://u:%s@h/v1" % own}),
+                  ((), {"OPENAI_API_BASE": "https://h/v1?key=%s" % own}),
+                  ((), {"GEMINI_API_KEY": own + " x"}), ((), {"API_KEYS": "[%s" % own}),
+                  ((), {"GEMINI_TOKEN_COMMAND": "'%s" % own, "HOST": "a b"})]
+        for args, environment in cases:
+            with self.subTest(args=args, environment=environment):
+                with contextlib.redirect_stderr(io.StringIO()) as output, \
+                        contextlib.redirect_stdout(output), log_text() as log:
+                    with contextlib.suppress(SystemExit, ValueError):
+                        try:
+                            flags = proxy.parse_arguments(args)[1]
+                            proxy.load_config(flags, environment)
+                        except ValueError as exc:
+                            print(exc)
+                self.assertNotIn("CANARY", output.getvalue() + log.getvalue())
+
+
+def texts_kept(root):
+    """All texts that can be reached from an object without going through code, in clear."""
+    skipped = (type, types.ModuleType, types.FunctionType, types.FrameType, types.TracebackType,
+               threading.Thread, proxy.Config)
+    seen, queue, found = set(), [root], []
+    while queue:
+        each = queue.pop()
+        if id(each) in seen or isinstance(each, skipped):
+            continue
+        seen.add(id(each))
+        if isinstance(each, (str, bytes, bytearray)):
+            found.append(each if isinstance(each, str) else bytes(each).decode("latin-1"))
+        else:
+            queue += gc.get_referents(each)
+    return found
+
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+SSE_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+CHUNKED = JSON_HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+LINE = b"a" * 4000 + b"\n"
+ENDLESS = (  # what has no end, how it starts, how it goes on, MiB after which it must be left
+    ("a chunk extension", CHUNKED + b"5;x=", b"a" * 4096, 2),
+    ("the size of a chunk", CHUNKED, b"0" * 4096, 2),
+    ("trailers", CHUNKED + b"2\r\n{}\r\n0\r\n", b"X-T: " + LINE, 2),
+    ("a head", b"HTTP/1.1 200 OK\r\n", b"X-H: " + LINE, 2),
+    ("a status line", b"HTTP/1.1 200 ", b"O" * 4096, 2),
+    ("announcements", b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 2),
+    ("a line of a stream", SSE_HEAD + b"data: ", b"a" * (1 << 18), 96),
+    ("a record of a stream", SSE_HEAD, (b"data: " + LINE) * 64, 96),
+    ("a bare error in a stream", SSE_HEAD, (b' "' + LINE) * 64, 96),
+    ("a whole answer", JSON_HEAD + b'\r\n{"a": "', b"a" * (1 << 18), 96),
+    ("a counted answer", JSON_HEAD + b"Content-Length: 99999999999\r\n\r\n", b" " * (1 << 18), 96),
+    ("a chunk", CHUNKED + b"fffffff\r\n", b"a" * (1 << 18), 96),
+    ("an error", b"HTTP/1.1 500 Fault\r\n\r\n", b"a" * (1 << 16), 96))
+ODD_COUNTS = (10 ** 11, 10 ** 9, -5, True, 10 ** 400, 1e11, 1e300, "7", [1], {"a": 1}, 1.5)
+FORGED = "\n2026-01-01 00:00:00,000 W forged\x1b[31m\x9b\u2028\u202e\r\x00\x08"
+
+
+def loop_script(fake_of):
+    """A model that thinks, makes two calls, and then says what came back."""
+    def script(body, model_, path):
+        fake = fake_of()
+        answers = [p["functionResponse"]["response"] for p in body["contents"][-1]["parts"]
+                   if "functionResponse" in p]
+        if answers:
+            return fake.says("Got ", json.dumps(answers))
+        return fake.calls(("Bash", {"command": "ls"}), ("Bash", {"command": "pwd"}),
+                          thought="I look.")
+    return script
+
+
+class Hostile(ProxyCase):
+    """What clients and upstreams send, what is kept of it, and who sees it."""
+
+    def raw_upstream(self, answer):
+        upstream = BytesUpstream(answer)
+        self.addCleanup(upstream.close)
+        return upstream
+
+    def test_an_upstream_without_end_is_left_and_the_client_is_told(self):
+        for name, start, piece, mebibytes in ENDLESS:
+            sent, most = [], mebibytes << 20
+            upstream = self.raw_upstream(lambda sock, head: (sock.sendall(start), sent.append(
+                pour(sock, piece, most))) and None)
+            r = self.run_proxy(gemini_api_base=upstream.url, max_retries=0)
+            with self.subTest(name):
+                status, answer = r.ask(request(stream="stream" in name))
+                last = answer[-1] if isinstance(answer, list) else answer
+                self.assertEqual(last["type"], "error", status)
+                self.assertTrue(wait_for(lambda: sent))
+                self.assertLess(sent[0], most)
+
+    def test_a_byte_order_mark_and_unknown_fields_of_a_stream_are_passed_over(self):
+        data = b'data: {"a": 1}\n\n'
+        for start in (b"\xef\xbb\xbf", b"\xef\xbb\xbf: hello\n", b"x-trace: 7\n", b"foo\n",
+                      b"event\nid\nretry\n", b"foo:bar\nevent: x\n", b"n: {\n", b"data:\n\n"):
+            stream = start + data + b"x-end: 1\n\n"
+            for cut in range(0, len(stream), 3):
+                with self.subTest(stream, cut=cut):
+                    found = list(proxy.batches_from_sse([stream[:cut], stream[cut:]]))
+                    self.assertEqual([each for batch in found for each in batch], [{"a": 1}])
+
+    def test_a_dripping_upstream_does_not_hold_up_counts_and_lists(self):
+        for start, piece in ((b"", b"H"), (JSON_HEAD, b"X: y\r\n"), (CHUNKED, b"1\r\n \r\n"), (
+                JSON_HEAD + b"Content-Length: 1000\r\n\r\n", b" "), (
+                    b"", b"HTTP/1.1 100 C\r\n\r\n")):
+            drops = []  # 25 a second, at most 40
+            upstream = self.raw_upstream(lambda sock, head: (sock.sendall(start), drops.append(
+                pour(sock, piece, 40 * len(piece), 0.04) / len(piece))) and None)
+            r = self.run_proxy(gemini_api_base=upstream.url)
+            for member in r.server.upstream.members.values():
+                member.COUNT_SECONDS = 0.2
+            for method, path, body in (("GET", "/v1/models", None), (
+                    "POST", "/v1/messages/count_tokens", request())):
+                with self.subTest(start=start, piece=piece, path=path):
+                    self.assertEqual(r.send(method, path, body)[0], 200)
+                    self.assertTrue(wait_for(lambda: drops, 6))
+                    self.assertLess(drops.pop(), 25)
+
+    def test_an_upstream_of_HTTP_1_0_with_chunks_is_not_kept_open(self):
+        data, ports = json.dumps(chunk("ok", finish="STOP")).encode(), []
+        upstream = self.raw_upstream(lambda sock, head: (
+            ports.append(sock.getpeername()[1]), sock.sendall(
+                b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
+                b"%x\r\n%s\r\n0\r\n\r\n" % (len(data), data)), sock.recv(1)))
+        r = self.run_proxy(gemini_api_base=upstream.url)
+        self.assertEqual([r.ask(request())[0] for _ in range(3)], [200] * 3)
+        self.assertEqual(len(set(ports)), 3)
+
+    def test_a_client_of_HTTP_1_0_with_chunks_is_not_kept_open(self):
+        r, data = self.run_proxy(), json.dumps(request()).encode()
+        for path in (b"/v1/messages", b"/v1/messages/count_tokens", b"/api/event_logging/batch",
+                     b"/nowhere", b"/health"):
+            answer = r.raw(b"POST %s HTTP/1.0\r\nConnection: keep-alive\r\nTransfer-Encoding: "
+                           b"chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\nGET /health HTTP/1.0\r\n\r\n"
+                           % (path, len(data), data))
+            self.assertEqual(answer.count(b"HTTP/1.1 "), 1, answer)
+            self.assertNotIn(b"keep-alive", answer.lower())
+
+    def test_absurd_token_counts_change_no_estimate_and_spend_nothing(self):
+        plain = proxy.to_gemini(request(), "gemini-3.8-flash", CONFIG)
+        cases = [("promptTokenCount", odd) for odd in ODD_COUNTS]
+        cases += itertools.product(("candidatesTokenCount", "cachedContentTokenCount", "thoughts"
+                                    "TokenCount", "toolUsePromptTokenCount"), ODD_COUNTS[:3])
+        for name, odd in cases:
+            reply = [chunk("ok", finish="STOP", usage={name: odd})]
+            with self.subTest(name, odd=str(odd)[:20]), log_text() as log, Running(
+                    lambda *args: reply, budget_usd=1.0) as r:
+                before = r.server.tokens.estimate(4000, plain)
+                answers = [r.ask(request(stream=stream))[0] for stream in (True, False)]
+                self.assertEqual(answers, [200, 200])
+                self.assertEqual(before, r.server.tokens.estimate(4000, plain))
+                self.assertTrue(0 <= r.server.traffic.spent < 0.01)
+                self.assertNotIn("Traceback", log.getvalue())
+
+    def test_absurd_costs_spend_nothing(self):
+        for cost in (1e11, 999999, -5, True, 10 ** 400, "7"):
+            fake = FakeOpenAI(lambda body: [oa(content="ok"), oa("stop", usage=dict(
+                prompt_tokens=5, completion_tokens=5, total_tokens=10, cost=cost))])
+            self.addCleanup(fake.__exit__)
+            r = self.run_proxy(openai_api_base=fake.url, openai_api_key="ok", gemini_api_key="",
+                               budget_usd=1.0, prices=(("*", "", 0, 1.0, 1.0, 1.0),))
+            with self.subTest(cost=str(cost)[:20]), log_text() as log:
+                self.assertEqual([r.ask(request(stream=s))[0] for s in (True, False)], [200, 200])
+                self.assertTrue(0 <= r.server.traffic.spent < 0.01)
+                self.assertNotIn("Traceback", log.getvalue())
+
+    def test_absurd_counts_of_countTokens_are_replaced_by_an_estimate(self):
+        for odd in ODD_COUNTS:
+            upstream = self.raw_upstream(lambda sock, head: sock.sendall(
+                JSON_HEAD + b"\r\n" + json.dumps({"totalTokens": odd}).encode()))
+            r = self.run_proxy(gemini_api_base=upstream.url)
+            with self.subTest(odd=str(odd)[:20]), log_text() as log:
+                status, _, data = r.send("POST", "/v1/messages/count_tokens", request("x" * 4000))
+                self.assertEqual(status, 200, data)
+                tokens = json.loads(data)["input_tokens"]
+                self.assertTrue(type(tokens) is int and 500 < tokens < 3000, data)
+                self.assertNotIn("Traceback", log.getvalue())
+
+    def test_a_client_key_gets_no_token_count_of_anothers(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        for key in ("key-a", "key-b", "key-a"):
+            r.send("POST", "/v1/messages/count_tokens", request("x" * 4000), x_api_key=key)
+        seen = [each["headers"]["x-goog-api-key"] for each in r.fake.requests]
+        self.assertEqual(seen, ["key-a", "key-b"])
+
+    def test_a_client_key_gets_no_connection_of_anothers(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        for key in ("key-a", "key-b", "key-a"):
+            self.assertEqual(r.ask(request(), x_api_key=key)[0], 200)
+        a, b, again = [each["client"] for each in r.fake.requests]
+        self.assertNotEqual(a, b)
+        self.assertEqual(a, again)
+
+    def test_a_client_key_gets_no_signature_of_anothers_call(self):
+        r = self.run_proxy(lambda *args: script(*args), client_keys=True, gemini_api_key="")
+        script = loop_script(lambda: r.fake)
+        body = request("go", tools=[TOOL])
+        first = r.ask(body, x_api_key="key-a")[1]["content"]
+        body["messages"] += [says(*first), results(*[b["id"] for b in first if "id" in b])]
+        for key, real in (("key-b", 0), ("key-a", 1)):
+            self.assertEqual(r.ask(body, x_api_key=key)[0], 200)
+            self.assertEqual(r.fake.real, real, key)
+
+    def test_a_client_key_gets_no_signature_of_anothers_text(self):
+        r = self.run_proxy(lambda *args: r.fake.says("Hello"), client_keys=True, gemini_api_key="")
+        text = r.ask(request(), x_api_key="key-a")[1]["content"]
+        for key, real in (("key-b", 0), ("key-a", 1)):
+            r.ask(request(USER, says(*text), "more"), x_api_key=key)
+            self.assertEqual(r.fake.real, real, key)
+
+    def test_a_client_key_gets_no_model_list_of_anothers(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        for key, own in (("key-a", True), ("bad", False), ("key-b", True)):
+            data = r.send("GET", "/v1/models?limit=1000", x_api_key=key)[2]
+            self.assertEqual(b"gemini-3.7-flash" in data, own, key)
+
+    def test_clients_see_of_each_other_only_models_counts_and_times(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        r.ask(request("text-of-a", metadata={"user_id": "user-of-a"}), x_api_key="key-of-a-1234",
+              x_claude_code_session_id="session-of-a")
+        seen = b"".join(r.send("GET", path, x_api_key="key-b")[2] for path in (
+            "/", "/metrics", "/health", "/v1/models"))
+        for word in (b"text-of-a", b"user-of-a", b"key-of-a", b"session-of-a"):
+            self.assertNotIn(word, seen)
+
+    def test_no_key_of_a_client_is_kept_in_clear(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        for path, body in (("/v1/messages", request()), ("/v1/models", None),
+                           ("/v1/messages/count_tokens", request()), ("/test-connection", None)):
+            r.send("POST" if body else "GET", path, body, x_api_key="CANARY-of-a-client")
+        self.assertTrue(wait_for(lambda: idle(r)))
+        self.assertEqual([text for text in texts_kept(r.server) if "CANARY" in text], [])
+
+    def check_log(self, log):
+        for line in log.splitlines():
+            self.assertRegex(line, r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [DIWE] (?!forged)")
+            self.assertTrue(line.isprintable(), line)
+            self.assertLess(len(line), 12000)
+
+    def test_no_client_can_forge_a_line_of_the_log(self):
+        path = urllib.parse.quote(FORGED)
+        r = self.run_proxy(upstream=proxy.DemoModel(), debug=True)
+        with log_text() as log:
+            for method, start in itertools.product(("GET", "POST", "DELETE", "HEAD"), (
+                    "/v1/models/gemini", "/", "/v1/messages", "/v1/models/claude")):
+                r.send(method, start + path, b"{}" if method == "POST" else None)
+            for name in ("Origin", "Host", "Sec-Fetch-Site", "X-Claude-Code-Session-Id", "Expect",
+                         "Content-Type", "Content-Encoding", "Connection", "x-api-key"):
+                r.send("POST", "/v1/messages", b"{}", **{name: "x\x1b[31m\x9b"})
+            r.raw(b"GET /\x1b[31m HTTP/1.1\r\n\r\n")
+            r.raw(b"GET / HTTP/1.1\r\nA\x1b: b\r\n\r\n")
+            for fields in ({"model": "claude" + FORGED}, {"model": "gemini-\x85x"}, {FORGED: 1},
+                           {"tools": [{"type": "x" + FORGED, "name": "n" + FORGED}]},
+                           {"tools": [{"name": "n" + FORGED, "input_schema": {}}]},
+                           {"tool_choice": {"type": FORGED}}, {"stop_sequences": [FORGED] * 9},
+                           {"messages": [{"role": FORGED, "content": "a"}]},
+                           {"messages": [{"role": "user", "content": [{"type": FORGED}]}]}):
+                r.ask(request(**fields))
+        self.check_log(log.getvalue())
+
+    def test_no_upstream_can_forge_a_line_of_the_log(self):
+        replies = [[chunk("a", finish=FORGED)], [chunk(finish=FORGED)], [chunk(
+            "a", finish="OTHER", finishMessage=FORGED)], [chunk(call(name=FORGED), finish="STOP")],
+            [{"promptFeedback": {"blockReason": FORGED}}], (500, {}, FORGED.encode()), (
+                200, {"Content-Type": "text/event-stream"}, b"data: {\x1b[31m\n\n")]
+        replies += [error_body(code, "a" + FORGED, "S" + FORGED) for code in (
+            400, 403, 404, 429, 500, 503)]
+        for reply in replies:
+            r = self.run_proxy(lambda *args: reply, max_retries=1)
+            with log_text() as log, self.subTest(reply):
+                for stream in (True, False):
+                    r.ask(request(stream=stream, tools=[TOOL]))
+                self.check_log(log.getvalue())
+
+    def test_long_reasons_of_an_upstream_stay_nowhere(self):
+        long = "R" * 10 ** 6
+        for reply in (chunk("a", finish=long), {"promptFeedback": {"blockReason": long}}, chunk(
+                "a", finish="OTHER", finishMessage=long), error_body(400, long, long)):
+            r = self.run_proxy(lambda *args: reply, max_retries=0)
+            with log_text(logging.INFO) as log, self.subTest(str(reply)[:60]):
+                for stream in (True, False):
+                    r.ask(request(stream=stream))
+                for path in ("/", "/metrics"):
+                    self.assertLess(len(r.send("GET", path)[2]), 60000, path)
+                self.check_log(log.getvalue())
+                self.assertLess(max(map(len, texts_kept(r.server))), 100000)
+
+    def test_long_names_of_a_client_stay_nowhere(self):
+        r, long = self.run_proxy(upstream=proxy.DemoModel()), "n" * 10 ** 6
+        with log_text(logging.INFO) as log:
+            for fields in ({"model": long}, {"model": "gemini-" + long}, {"tools": [{
+                    "type": "x" + long, "name": long}]}, {"tool_choice": {"type": long}}):
+                r.ask(request(**fields))
+            r.send("GET", "/v1/models/" + "n" * 60000)
+            r.send("POST", "/" + "n" * 60000, b"{}", x_claude_code_session_id="n" * 4000)
+        for path in ("/", "/metrics"):
+            self.assertLess(len(r.send("GET", path)[2]), 60000, path)
+        self.assertLess(max(map(len, texts_kept(r.server))), 100000)
+        self.check_log(log.getvalue())
+
+    def test_a_key_is_nowhere_to_be_seen_whatever_way_it_takes(self):
+        keys = {"gemini_api_key": "gem-CANARY-key-1", "proxy_auth_token": "tok-CANARY-key-2"}
+        for canary in ("AIzaCANARY" + "x" * 30, *keys.values()):
+            for reply in ([chunk("a", finish=canary)], error_body(404, canary), [chunk(
+                    "a", finish="OTHER", finishMessage=canary)], [{"promptFeedback": {
+                        "blockReason": canary}}], error_body(400, "x" * 395 + canary)):
+                r = self.run_proxy(lambda *args: reply, debug=True, max_retries=0, **keys)
+                own = {"x_api_key": keys["proxy_auth_token"]}
+                with log_text() as log, self.subTest(canary, reply=str(reply)[:60]):
+                    for fields in ({"model": canary}, {"model": "gemini-" + canary}, {"tools": [{
+                            "type": canary, "name": canary}]}, {"tool_choice": {"type": canary}}):
+                        r.send("POST", "/v1/messages", request("key: " + canary, **fields), **own)
+                    r.send("GET", "/v1/models/" + canary, **own)
+                    r.send("POST", "/v1/messages?key=" + canary, request(), **own)
+                    r.send("POST", "/v1/messages/" + canary, request(), **own)
+                    r.send("POST", "/v1/messages", request(), Origin="http://" + canary, **own)
+                    seen = [r.send("GET", path, **own)[2].decode() for path in ("/", "/metrics")]
+                    self.assertNotIn("CANARY", log.getvalue() + "".join(seen))
+
+    def test_a_request_is_free_when_it_ends_also_when_it_failed(self):
+        def left():
+            return [each for each in gc.get_objects() if isinstance(each, (
+                proxy.Exchange, proxy.MessageEmitter, proxy.Translation, proxy.ProxyError))]
+        replies = [[chunk("ok", finish="STOP")], ["reset"], BAD_KEY, [chunk("a"), "reset"],
+                   [chunk("a"), {"error": {"code": 500, "message": "m"}}], ["cut", chunk("a")],
+                   (200, {}, b"{"), [b"data: {\n\n"], [{"candidates": 5}]]
+        replies += [error_body(code, "No.") for code in (400, 429, 500)]
+        for reply, stream in itertools.product(replies, (True, False)):
+            r = self.run_proxy(lambda *args: reply, max_retries=0)
+            gc.collect()
+            gc.disable()
+            try:
+                with socket.create_connection(("127.0.0.1", r.port), timeout=10) as sock, \
+                        self.subTest(str(reply)[:60], stream=stream):
+                    sock.sendall(post_bytes(request("MARKER" * 9, stream=stream)))
+                    sock.recv(65536)  # the connection stays open, idle
+                    self.assertTrue(wait_for(lambda: not left(), 0.5), left()[:3])
+                    self.assertEqual([t for t in texts_kept(r.server) if "MARKER" in t], [])
+            finally:
+                gc.enable()
+
+    def test_a_request_that_is_refused_is_free_when_it_ends(self):
+        r = self.run_proxy(max_body_bytes=10 ** 6)
+        bodies = [b"{", b"[" * 5000, b"[]", b"x" * (10 ** 6 + 1)]
+        bodies += [json.dumps(request(**fields)).encode() for fields in (
+            {"model": 5}, {"messages": []}, {"tools": [5]}, {"system": 5}, {"model": "gemini-a b"})]
+        gc.collect()
+        gc.disable()
+        try:
+            for body in bodies:
+                self.assertGreaterEqual(r.send("POST", "/v1/messages", body)[0], 400, body[:80])
+            self.assertTrue(wait_for(lambda: idle(r)))
+            self.assertEqual([each for each in gc.get_objects() if isinstance(each, (
+                proxy.Exchange, proxy.Translation, proxy.ProxyError, proxy.ProxyHandler))], [])
+        finally:
+            gc.enable()
+
+    def test_the_cache_of_tools_is_bounded_in_bytes(self):
+        cache = proxy.DeclarationCache()
+        tracemalloc.start()
+        try:
+            for i in range(60):
+                cache.declare({"name": "t%d" % i, "description": "%d" % i + "x" * 10 ** 6})
+            self.assertLess(tracemalloc.get_traced_memory()[0], 70 << 20)
+        finally:
+            tracemalloc.stop()
+
+    def test_the_cache_of_refused_fields_is_bounded_in_bytes(self):
+        fake = FakeOpenAI(lambda body: (400, "stop: unsupported") if "stop" in body
+                          else [oa(content="a"), oa("stop")])
+        self.addCleanup(fake.__exit__)
+        r = self.run_proxy(openai_api_base=fake.url, openai_api_key="ok", gemini_api_key="")
+        for i in range(8):
+            r.ask(request(stop_sequences=["%d" % i + "x" * 10 ** 6]))
+        self.assertTrue(wait_for(lambda: idle(r)))
+        self.assertLess(sum(map(len, texts_kept(r.server))), 4 * 10 ** 6)
+
+    def test_invented_names_fill_no_table(self):
+        r = self.run_proxy(upstream=proxy.DemoModel())
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", r.port)) as connection:
+            for i in range(700):
+                connection.request("POST", "/v1/messages", json.dumps(request(
+                    model="gemini-%d" % i)), {"X-Claude-Code-Session-Id": "s%d" % i})
+                connection.getresponse().read()
+        self.assertLess(r.send("GET", "/metrics")[2].count(b"\nproxy_requests_total{"), 600)
+
+    def test_cool_downs_of_invented_names_are_bounded(self):
+        now = [0.0]
+        ring = proxy.KeyRing(["a", "b"], lambda: now[0])
+        for i in range(4000):
+            now[0] += 0.001
+            ring.cool_down(i % 2, "gemini-%d" % i, 3600)
+        self.assertLess(len(texts_kept(ring)), 2500)
+
+    def test_silent_connections_give_way_to_a_client_with_the_token(self):
+        r = self.run_proxy(lambda *args: [chunk("a"), 0.5, chunk("b", finish="STOP")],
+                           max_connections=8, proxy_auth_token="secret")
+        with contextlib.ExitStack() as stack:
+            def connect(data):
+                sock = stack.enter_context(socket.create_connection(("127.0.0.1", r.port), 5))
+                sock.sendall(data)
+                return sock
+            stream = connect(post_bytes(request(stream=True), b"x-api-key: secret\r\n"))
+            rest = stream.recv(100)
+            for data in (b"", b"GET /hea", post_bytes(request())[:-5],
+                         b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+                for _ in range(4):
+                    connect(data)
+            time.sleep(0.1)
+            for _ in range(3):
+                self.assertEqual(r.ask(request(), x_api_key="secret")[0], 200)
+            while b"message_stop" not in rest:
+                data = stream.recv(65536)
+                self.assertTrue(data, "an answer under way was cut")
+                rest += data
+
+    def with_token_command(self, code):
+        """-> (a proxy with a token command that notes each run as a byte, the file of the notes)"""
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        path = os.path.join(folder.name, "runs")
+        code = "import time; open(%r, 'a').write('x'); %s" % (path, code)
+        command = "%s -c %s" % (shlex.quote(sys.executable), shlex.quote(code))
+        return self.run_proxy(gemini_api_key="", max_retries=0, ping_interval=0.2,
+                              gemini_token_command=command), path
+
+    def test_the_token_command_runs_once_for_all_who_wait(self):
+        for code, status in (("print('token-1234')", 200), ("raise SystemExit(3)", 500)):
+            r, path = self.with_token_command("time.sleep(0.3); " + code)
+            with self.subTest(code):
+                self.assertEqual(in_threads(8, lambda n: r.ask(request())[0]), [status] * 8)
+                self.assertEqual(os.path.getsize(path), 1)
+
+    def test_nobody_waits_for_the_token_command_longer_than_the_client(self):
+        r, path = self.with_token_command("time.sleep(5)")
+        with socket.create_connection(("127.0.0.1", r.port)) as sock:
+            sock.sendall(post_bytes(request()))
+            self.assertTrue(wait_for(lambda: os.path.exists(path)))
+        self.assertTrue(wait_for(lambda: idle(r), 2))
+
+
+class ProxyProgram:
+    """The program as a process, its stderr in a file; `with ProxyProgram(url, NAME=value) as p`."""
+
+    def __init__(self, upstream, before=None, **environment):
+        self.folder = tempfile.TemporaryDirectory()
+        self.stderr = os.path.join(self.folder.name, "stderr")
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        environment = dict({
+            "PATH": os.environ["PATH"], "GEMINI_API_KEY": "k", "GEMINI_API_BASE": upstream,
+            "PORT": str(self.port), "no_proxy": "*", "PYTHONPATH": os.path.dirname(proxy.__file__),
+            "PYTHONPYCACHEPREFIX": compiled().name}, **environment)
+        with open(self.stderr, "wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "claude_gemini_proxy"], env=environment, preexec_fn=before,
+                cwd=self.folder.name, stdin=subprocess.DEVNULL, stderr=file)
+
+    def __enter__(self):
+        def up():
+            with contextlib.suppress(OSError):
+                self.connect().close()
+                return True
+        if not wait_for(up, 10):
+            said = self.said()
+            self.__exit__()
+            raise AssertionError("it does not start: " + said)
+        return self
+
+    def __exit__(self, *exc):
+        self.process.kill()
+        self.process.wait()
+        self.folder.cleanup()
+
+    def connect(self, data=b""):
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        sock.sendall(data)
+        return sock
+
+    def ask(self, body):
+        """-> the status line"""
+        with self.connect(post_bytes(body, b"Connection: close\r\n")) as sock:
+            return b"".join(iter(lambda: sock.recv(65536), b"")).partition(b"\r\n")[0]
+
+    def said(self):
+        with open(self.stderr, encoding="utf-8", errors="replace") as file:
+            return file.read()
+
+    def ended(self):
+        """-> its exit status, or None if it does not end"""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(6)
+
+    def cpu_seconds(self):
+        with open("/proc/%d/stat" % self.process.pid) as file:
+            ticks = file.read().rpartition(")")[2].split()[11:13]
+        return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def descriptor_limit(*soft_and_hard):
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, soft_and_hard)
+
+
+class LettingGo(unittest.TestCase):
+    """The program as a process: memory, descriptors, signals and logs."""
+
+    def fake(self, script=repeat):
+        fake = FakeGemini(script)
+        self.addCleanup(fake.__exit__)
+        return fake
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs /proc")
+    def test_memory_is_back_after_refused_requests(self):
+        replies = itertools.cycle([error_body(400, "Wrong."), error_body(500, "Fault."), ["reset"],
+                                   error_body(404, "No."), (200, {}, b"{"), BAD_KEY])
+        fake, texts = self.fake(lambda *args: next(replies)), [
+            {"type": "text", "text": "%d" % i + "x" * 20000} for i in range(300)]
+        with ProxyProgram(fake.url, MAX_RETRIES="0") as p:
+            for _ in range(2):
+                p.ask(request())
+            before = resident(p.process.pid)
+            for i in range(12):  # 6 MB each
+                fake.requests.clear()
+                self.assertNotIn(b" 200 ", p.ask(request({"role": "user", "content": texts},
+                                                         stream=bool(i % 2))))
+            self.assertTrue(wait_for(lambda: resident(p.process.pid) < before + 40, 2),
+                            (before, resident(p.process.pid)))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/fd"), "needs /proc")
+    def test_a_stream_takes_two_descriptors(self):
+        fake = self.fake(lambda *args: [chunk("a"), "hang"])
+        with ProxyProgram(fake.url) as p, contextlib.ExitStack() as stack:
+            p.ask(request(model="gemini-nope"))
+            self.assertTrue(wait_for(lambda: fake.requests))
+            folder = "/proc/%d/fd" % p.process.pid
+            before = len(os.listdir(folder))
+            for _ in range(20):
+                stack.enter_context(p.connect(post_bytes(request(stream=True)))).recv(100)
+            self.assertLessEqual(len(os.listdir(folder)) - before, 2 * 20)
+
+    @unittest.skipUnless(os.path.exists("/proc/self/limits"), "needs /proc")
+    def test_the_soft_limit_of_descriptors_is_raised(self):
+        with ProxyProgram(self.fake().url, descriptor_limit(256, 3000)) as p:
+            with open("/proc/%d/limits" % p.process.pid) as file:
+                soft = re.search(r"open files\s+(\d+)", file.read()).group(1)
+            self.assertGreater(int(soft), 1024)
+
+    def test_more_connections_than_descriptors_are_not_promised(self):
+        with ProxyProgram(self.fake().url, descriptor_limit(100, 100)) as p:
+            self.assertTrue(wait_for(lambda: "MAX_CONNECTIONS" in p.said(), 1), p.said())
+
+    @unittest.skipUnless(os.path.exists("/proc/self/stat"), "needs /proc")
+    def test_without_descriptors_it_answers_529_and_does_not_spin(self):
+        fake = self.fake(lambda *args: [chunk("a"), "hang"])
+        with ProxyProgram(fake.url, descriptor_limit(64, 64), MAX_CONNECTIONS="500") as p:
+            with contextlib.ExitStack() as stack:
+                held = [stack.enter_context(p.connect(post_bytes(request(stream=True))))
+                        for _ in range(100)]
+                time.sleep(0.3)
+                before = p.cpu_seconds()
+                time.sleep(0.7)
+                self.assertLess(p.cpu_seconds() - before, 0.35)
+                answers = [sock.recv(100)[:12] for sock in held if proxy.is_ready(sock)]
+                self.assertIn(b"HTTP/1.1 529", answers)
+            fake.script = repeat
+            self.assertTrue(wait_for(lambda: b" 200 " in p.ask(request())))
+            self.assertLess(len(p.said()), 60000)
+
+    def test_SIGTERM_waits_for_nothing_but_answers_under_way(self):
+        fake = self.fake(lambda *args: [chunk("a"), 0.4, chunk("b", finish="STOP")])
+        for data in (b"POST /v1/mess", post_bytes(request())[:-5]):
+            with self.subTest(data[:20]), ProxyProgram(fake.url) as p, p.connect(data), \
+                    p.connect(), \
+                    p.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"), p.connect(
+                        post_bytes(request(stream=True), b"Connection: close\r\n")) as stream:
+                answer = stream.recv(100)
+                p.process.send_signal(signal.SIGTERM)
+                answer += b"".join(iter(lambda: stream.recv(65536), b""))
+                self.assertIn(b"message_stop", answer)
+                self.assertEqual(p.ended(), 0)
+
+    def test_SIGHUP_cuts_no_answer(self):
+        fake = self.fake(lambda *args: [chunk("a"), 0.4, chunk("b", finish="STOP")])
+        with ProxyProgram(fake.url) as p, p.connect(post_bytes(request(stream=True))) as stream:
+            answer = stream.recv(100)
+            p.process.send_signal(signal.SIGHUP)
+            while b"message_stop" not in answer:
+                data = stream.recv(65536)
+                self.assertTrue(data, "the answer was cut")
+                answer += data
+            self.assertIn(p.process.poll(), (None, 0))  # it reopened its log, or it ends
+
+    def test_it_serves_without_stderr(self):
+        with ProxyProgram(self.fake().url, lambda: os.close(2)) as p:
+            self.assertIn(b" 200 ", p.ask(request()))
+            self.assertIn(b" 404 ", p.ask(request(model="gemini-nope")))
+            p.process.send_signal(signal.SIGTERM)
+            self.assertEqual(p.ended(), 0)
+
+    def test_it_serves_while_the_disk_of_its_log_is_full(self):
+        with ProxyProgram(self.fake().url, LOG_FILE="/dev/full", DEBUG="true") as p:
+            for _ in range(3):
+                self.assertIn(b" 200 ", p.ask(request()))
+            p.process.send_signal(signal.SIGTERM)
+            self.assertEqual(p.ended(), 0)
+            self.assertNotIn("Traceback", p.said())
+            self.assertLessEqual(p.said().count("\n"), 2)
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "needs /dev/full")
+    def test_it_serves_while_nothing_can_be_written_to_stderr(self):
+        def full():
+            os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+        with ProxyProgram(self.fake().url, full) as p:
+            self.assertIn(b" 200 ", p.ask(request()))
+            p.process.send_signal(signal.SIGTERM)
+            self.assertEqual(p.ended(), 0)
+
+    def test_a_log_that_was_rotated_by_renaming_is_reopened(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "log")
+            with ProxyProgram(self.fake().url, LOG_FILE=path) as p:
+                p.ask(request())
+                os.rename(path, path + ".1")
+                p.ask(request())
+                self.assertTrue(wait_for(lambda: os.path.exists(path) and os.path.getsize(path), 2))
+
+
+# ---- Growth: what takes more than linear time ------------------------------------------------
+# DESIGN 9: at most one linear pass over what comes from outside. Growth is measured, not seconds:
+# the CPU time of an input against that of a smaller one. Linear work gives about 4 for four times
+# the input, quadratic work about 16; more than LINEAR is a failure. Rows make new cases.
+LINEAR = 9.0
+
+
+def cpu_seconds(act, value, tries=2):
+    """The least CPU time of this thread that act(value) takes."""
+    best = float("inf")
+    for _ in range(tries):
+        started = time.thread_time()
+        act(value)
+        best = min(best, time.thread_time() - started)
+        if best > 0.1:
+            break
+    return best
+
+
+def growth(make, act, n):
+    """CPU time of act(make(4 * n)), in times of act(make(n)); what is too short to measure counts
+    as a millisecond."""
+    gc.collect()
+    gc.disable()
+    try:
+        small = cpu_seconds(act, make(n))
+        return cpu_seconds(act, make(4 * n)) / max(small, 0.001)
+    finally:
+        gc.enable()
+
+
+# Patterns whose text is cut before they see it, with the length that it is cut to. Without a row
+# here a pattern must be linear by itself. Patterns that are no constants where they are used, with
+# where they come from.
+CUT_BEFORE = {}
+ONE_LINE = {r"(^|\s)#.*$", r"""(["'])(.*?)\1\s*(#.*)?$"""}  # these see one line of a .env
+NOT_CONSTANT = {
+    "rule.pattern": lambda: [(rule.pattern, "fullmatch") for rule in proxy.NAME_RULES],
+    "pattern": lambda: [(row[0], "search") for row in proxy.GEMINI_REPAIRS],
+    'r"(?i)\\b%s\\b" % name': lambda: [(r"(?i)\bmax_tokens\b", "search")]}
+PATTERN_METHODS = {"match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"}
+
+
+def patterns_of_the_program():
+    """-> ({(pattern, method)}, [what is no constant and not in NOT_CONSTANT])"""
+    with open(proxy.__file__, encoding="utf-8") as file:
+        source = file.read()
+    named = {name: value.pattern for name, value in vars(proxy).items()
+             if isinstance(value, re.Pattern)}
+    flags = {value.pattern: value.flags for value in vars(proxy).values()
+             if isinstance(value, re.Pattern)}
+    found, unknown, seen = set(), [], set()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name, owner = getattr(node.func, "attr", getattr(node.func, "id", "")), getattr(
+            getattr(node.func, "value", None), "id", "")
+        if owner in named and name in PATTERN_METHODS:
+            seen.add(named[owner])
+            found.add((named[owner], name))
+        elif owner == "re" and name in PATTERN_METHODS or (name, owner) == ("matching", ""):
+            method = "fullmatch" if name == "matching" else name
+            try:
+                found.add((ast.literal_eval(node.args[0]), method))
+            except ValueError:
+                text = ast.get_source_segment(source, node.args[0])
+                found.update(NOT_CONSTANT.get(text, lambda: [])())
+                unknown += [] if text in NOT_CONSTANT or "allowed" in text else [text]
+    found.update((pattern, method) for pattern in set(named.values()) - seen
+                 for method in ("fullmatch", "search"))
+    return {(pattern, method, flags.get(pattern, 0)) for pattern, method in found}, unknown
+
+
+def fits(member, character):
+    """Whether a character is in a class of the regular expression's parse tree."""
+    kinds = {"DIGIT": str.isdigit, "SPACE": str.isspace, "WORD": lambda c: c.isalnum() or c == "_"}
+    for operator, value in member:
+        name = str(value).rpartition("_")[2]
+        if (str(operator) == "LITERAL" and value == ord(character)
+                or str(operator) == "RANGE" and value[0] <= ord(character) <= value[1]
+                or str(operator) == "CATEGORY" and kinds[name](character) != ("NOT" in str(value))):
+            return str(member[0][0]) != "NEGATE"
+    return str(member[0][0]) == "NEGATE"
+
+
+def sample(items, rng, groups):
+    """A text that a parsed regular expression takes, or nearly takes."""
+    out = ""
+    for operator, value in items:
+        name = str(operator)
+        if name == "LITERAL":
+            out += chr(value)
+        elif name in ("ANY", "NOT_LITERAL"):
+            out += rng.choice([c for c in "x <" if ord(c) != value])
+        elif name == "IN":
+            out += rng.choice([c for c in " x,A0-_.:/\"'<>;=[\\\n" if fits(value, c)] or ["~"])
+        elif name.endswith("REPEAT"):
+            for _ in range(rng.randint(value[0], min(value[1], value[0] + 2))):
+                out += sample(value[2], rng, groups)
+        elif name == "SUBPATTERN":
+            groups[value[0]] = sample(value[-1], rng, groups)
+            out += groups[value[0]]
+        elif name == "BRANCH":
+            out += sample(rng.choice(value[1]), rng, groups)
+        elif name == "ATOMIC_GROUP":
+            out += sample(value, rng, groups)
+        elif name == "GROUPREF":
+            out += groups.get(value, "")
+    return out
+
+
+def adversarial_texts(pattern, rng):
+    """-> (start, what is repeated, end) of texts that a pattern nearly takes."""
+    text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
+    tree, starts, pieces = regex_parser.parse(text), {""}, {" ", "x", "0"}
+    for _ in range(3):
+        one = sample(tree, rng, {})
+        starts.update(one[:k] for k in (1, 2, 4, len(one)))
+        pieces.update(one[i:i + 1] for i in range(12))
+        pieces.update(one[:k] for k in (2, 4, 6, len(one)))
+        pieces.update(one[i:i + 2] for i in range(1, 6))
+        pieces.update(one[:k] + " " for k in (1, 5, 6))
+    starts, pieces = sorted(starts), sorted(pieces - {""})
+    return [("", piece, end) for piece in pieces for end in ("", "\n\x00!")] + [
+        (start, piece, "\n\x00!") for start in rng.sample(starts, min(4, len(starts)))
+        for piece in pieces]
+
+
+BOTH = proxy.Config(gemini_api_key="k", openai_api_base="http://a")
+
+
+def with_names(n, schema):
+    return {"type": "object", "properties": {"p%d" % i: dict(schema) for i in range(n)}}
+
+
+def pointing(n, target, wrap=lambda reference: reference):
+    """n properties that are all a reference to one schema."""
+    return dict(with_names(n, wrap({"$ref": "#/$defs/a"})), **{"$defs": {"a": target}})
+
+
+SCHEMA_GROWTH = [  # name, size, schema of a size
+    ("required under allOf", 400, lambda n: {"type": "object", "properties": {"a": {}}, "allOf": [
+        {"required": ["r%d" % (i * 100 + k) for k in range(100)]} for i in range(n)]}),
+    ("properties under allOf", 450, lambda n: {"type": "object", "allOf": [
+        {"properties": {"a%d" % i: {"type": "string"}}} for i in range(n)]}),
+    ("anyOf beside keywords", 100, lambda n: dict({"k%d" % i: i for i in range(n)}, anyOf=[
+        {"type": "string", "title": "t%d" % i} for i in range(n)])),
+    ("oneOf beside keywords", 100, lambda n: dict({"k%d" % i: i for i in range(n)}, oneOf=[
+        {"type": "string", "title": "t%d" % i} for i in range(n)])),
+    ("anyOf beside properties", 100, lambda n: dict(with_names(n, {"type": "string"}), anyOf=[
+        {"title": "t%d" % i} for i in range(n)])),
+    ("types beside an enum", 100, lambda n: {"type": ["string", "null"] * n, "enum": [
+        "e%d" % i for i in range(n)]}),
+    ("alternatives that are alike", 90, lambda n: {"anyOf": [
+        {"enum": ["e%d" % k for k in range(n)] + ["x%d" % i]} for i in range(n)]}),
+    ("a long reference", 25, lambda n: pointing(n, {"$ref": "#/" + "x/" * (40 * n)})),
+    ("references one after another", 120, lambda n: dict(
+        with_names(1, {"$ref": "#/$defs/d0"}), **{"$defs": {"d%d" % i: dict(
+            {"k%d" % (i * 5 + k): 1 for k in range(5)}, **{"$ref": "#/$defs/d%d" % (i + 1)})
+            for i in range(n)}})),
+    ("a name that is multiplied", 25, lambda n: pointing(n, with_names(1, {
+        "type": "object", "properties": {"y" * (500 * n): {"type": "string"}}}))),
+    ("a long required", 25, lambda n: pointing(n, {"type": "object", "required": ["p"] * 50 * n})),
+    ("a long enum", 25, lambda n: pointing(n, {"enum": ["e%d" % i for i in range(50 * n)]})),
+    ("numbers as an enum", 25, lambda n: pointing(n, {"enum": list(range(50 * n))}))]
+SCHEMA_GROWTH += [
+    ("%s that is multiplied, %s" % (name, kind), 25, lambda n, name=name, wrap=wrap: pointing(
+        n, {"type": "string", name: ["x" * (500 * n)] if name in ("enum", "examples")
+            else "x" * (500 * n)}, wrap))
+    for name in ("description", "title", "pattern", "default", "format", "examples", "const",
+                 "enum", "$comment", "unknown")
+    for kind, wrap in (("plain", lambda x: x), ("allOf", lambda x: {"allOf": [x]}),
+                       ("anyOf", lambda x: {"anyOf": [x, {"type": "null"}]}),
+                       ("items", lambda x: {"type": "array", "items": x}))
+    if name == "description" or kind == "plain"]
+SYSTEM = {"role": "system", "content": "s", "clear_at": "next_user_message"}
+TEXT = {"type": "text", "text": "a"}
+HISTORY_GROWTH = [  # name, size, messages of a size
+    ("results in %s order, ids %s" % (order, form), 500, lambda n, order=order, form=form: [
+        "go", says(*(uses(form.replace("%d", str(i))) for i in range(n))),
+        results(*[form.replace("%d", str(i)) for i in range(n)][::order])])
+    for order in (1, -1) for form in ("toolu_%d", "toolu_1", "toolu %d")] + [
+    ("many results of a call", 800, lambda n: ["go", says(uses()), results(*["toolu_1"] * n)]),
+    ("system messages to clear", 700, lambda n: ["go"] + [SYSTEM] * n + ["end"]),
+    ("system messages at the end", 700, lambda n: ["go"] + [SYSTEM] * n),
+    ("system messages before an answer", 700, lambda n: ["go"] + [SYSTEM] * n + [says(TEXT)]),
+    ("media of one result", 500, lambda n: ["go", says(uses()), results("toolu_1", content=[
+        image(base64.b64encode(b"\x89PNG\r\n\x1a\n%08d" % i).decode()) for i in range(n)])])] + [
+    ("turns: %.60s" % (turn,), 250, lambda n, turn=turn: turn * n) for turn in (
+        [USER], [says(TEXT), USER], [{"role": "system", "content": "s"}],
+        [{"role": "user", "content": [{"type": "compaction", "content": "c"}]}],
+        [says(uses()), results("toolu_1")], [{"role": "user", "content": ["a"] * 50}],
+        [says({"type": "thinking", "thinking": "", "signature": "x"})],
+        [{"role": "user", "content": [{"type": "tool_addition", "tool": {"definition": TOOL}}]}])]
+
+
+NESTED = (  # where it stands: the text around, and one level of it
+    ('"tools":[{"name":"t","input_schema":{"properties":{"a":%s}}}]', '{"items":', "{}", "}"),
+    ('"tools":[{"name":"t","input_schema":{"properties":{"a":{"default":%s}}}}]', "[", "", "]"),
+    ('"metadata":{"x":%s}', "[", "", "]"),
+    ('"system":[{"type":"text","text":"","x":%s}]', '{"a":', "1", "}"),
+    ('"output_config":{"format":{"type":"json_schema","schema":%s}}', '{"items":', "{}", "}"),
+    ('"messages":[{"role":"user","content":[{"type":"new","x":%s}]}]', "[", "", "]"),
+    ('"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"t","name":"f",'
+     '"input":%s}]}]', '{"a":', "1", "}"),
+    ('"messages":[{"role":"user","content":[%s]}]',
+     '{"type":"document","source":{"type":"content","content":[', "", "]}}"))
+
+
+def called_with(json_text):
+    return b'{"candidates":[{"content":{"parts":[{"functionCall":{"name":"Bash","args":{"x":%s}}}' \
+           b']},"finishReason":"STOP"}]}' % json_text
+
+
+def route_of(model_):
+    return proxy.route_to(model_, BOTH)
+
+
+class Growth(ProxyCase):
+    """What takes more than linear time holds the interpreter from everybody, without a token."""
+
+    def test_every_pattern_takes_linear_time(self):
+        rng, (patterns, unknown) = random.Random(SEED), patterns_of_the_program()
+        self.assertGreater(len(patterns), 40)
+        self.assertEqual(unknown, [], "say in NOT_CONSTANT where these come from")
+        for pattern, method, flags in sorted(patterns, key=repr):
+            act = getattr(re.compile(pattern, flags & ~re.UNICODE), method)
+            encode = str.encode if isinstance(pattern, bytes) else str
+            act = functools.partial(act, encode("")) if method.startswith("sub") else act
+            most = CUT_BEFORE.get(pattern, 2048)
+            with self.subTest(pattern):
+                for start, piece, end in adversarial_texts(pattern, rng):
+                    if pattern in ONE_LINE and "\n" in start + piece + end:
+                        continue
+                    few, many, half = (encode(start + piece * (n // len(piece)) + end) for n in (
+                        min(16 * len(piece), most), most, most // 2))
+                    slow = cpu_seconds(act, few, 1) > 0.002 and cpu_seconds(act, few) > 0.002
+                    slow = slow or cpu_seconds(act, many, 1) > 0.002 and cpu_seconds(
+                        act, many, 5) > 3 * max(cpu_seconds(act, half, 5), 0.0005)
+                    self.assertFalse(slow, "%s: %r, then %r ..." % (method, start, piece))
+
+    def linear(self, make, act, n):
+        self.assertLess(growth(make, act, n), LINEAR)
+
+    def linear_on_the_wire(self, ask):
+        """The CPU time of all threads for ask(n) and ask(6 * n)."""
+        def seconds(n):
+            before = time.process_time()
+            ask(n)
+            return time.process_time() - before
+        small, large = (min(seconds(n) for _ in range(2)) for n in (1000, 6000))
+        self.assertLess(large, 14 * max(small, 0.01))
+
+    def test_model_names_of_any_form_are_read_in_linear_time(self):
+        configs = [(2000, CONFIG), (2000, proxy.Config(
+            gemini_api_key="k", openrouter_api_key="k", openai_api_base="http://a"))]
+        configs.append((25, dataclasses.replace(CONFIG, model_map=(("*a*a*a*a*b", "gemini-x"),))))
+        for piece, (n, config), end in itertools.product(
+                (" ", "a", "a/", " [1m]", "models/", "claude-", "gemini-", "~", "é", "openrouter/",
+                 "claude", "\t", "*"), configs, ("", "x")):
+            def resolve(name):
+                with contextlib.suppress(proxy.ProxyError):
+                    proxy.resolve_model(name, config)
+            with self.subTest(piece, n=n, end=end):
+                self.linear(lambda size: "x" + piece * (size // len(piece)) + end, resolve, n)
+
+    def test_an_upstream_error_of_any_form_is_read_in_linear_time(self):
+        for piece, status in itertools.product(
+                (b"<", b"<style ", b"<title>", b"model ", b"limit: 1 ", b"AIza", b"sk-", b"1 ",
+                 b"[", b"retry in ", b"input token count ", b'{"error":', b"\n"), (400, 404)):
+            with self.subTest(piece, status=status):
+                self.linear(lambda n: piece * (n // len(piece)), lambda raw:
+                            proxy.upstream_error(status, raw, "m", ["key-of-mine"]), 1500)
+
+    def test_an_upstream_404_that_names_models_costs_linear_time(self):
+        r = self.run_proxy(lambda body, model_, path: (404, {}, json.dumps(error_body(
+            404, "model " * int(body["contents"][0]["parts"][0]["text"]))).encode()))
+        self.linear_on_the_wire(lambda n: self.assertEqual(
+            r.ask(request(str(n), stream=True))[0], 404))
+
+    def test_a_request_line_of_slashes_costs_linear_time(self):
+        r = self.run_proxy()
+        for rest in (b"", b" HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            self.linear_on_the_wire(lambda n: self.assertRegex(
+                r.raw(b"GET " + b"/" * 2 * n + rest), b"^HTTP/1.1 [24]"))
+
+    def test_keys_are_read_in_linear_time(self):
+        def load(text):
+            with contextlib.suppress(ValueError):
+                proxy.load_config({}, {"GEMINI_API_KEY": text})
+        for piece, end in (("k,", "k k"), ("k , ", "k k"), (",", " x"), (" ", "k"), ("k", " k")):
+            self.linear(lambda n: piece * n + end, load, 5)  # 26 keys took half a minute
+            self.linear(lambda n: piece * n + end, load, 500)
+
+    def test_a_dotenv_is_read_in_linear_time(self):
+        for start, piece in (("", " "), ("", "export "), ("A=", " #"), ("A='", "'"), ("A='", "'#"),
+                             ("A=", " "), ("", "A\n"), ("", "A=1\n"), ("A=\"", "\\\"")):
+            self.linear(lambda n: start + piece * n + "x", proxy.parse_dotenv, 4000)
+
+    def test_schemas_cost_time_and_text_in_proportion_to_their_size(self):
+        for name, n, make in SCHEMA_GROWTH:
+            with self.subTest(name):
+                sizes = [len(json.dumps(make(k))) for k in (n, 4 * n)]
+                ratio = growth(make, proxy.to_gemini_schema, n)
+                self.assertLess(ratio, 2.3 * sizes[1] / sizes[0])
+                tools = [dict(TOOL, input_schema=make(4 * n))]
+                body = proxy.to_gemini(request(tools=tools), "gemini-3.8-flash", CONFIG).body
+                self.assertLess(len(proxy.dump_json(body)), 8 * sizes[1] + 300000)
+                self.assertFalse(refusal(body, "gemini-3.8-flash"))
+
+    def test_what_is_over_the_bound_is_an_open_object_with_a_note(self):
+        schema = pointing(1000, {"type": "string", "description": "x" * 100000})
+        out = proxy.to_gemini_schema(schema, root=True)
+        self.assertLess(len(json.dumps(out)), 8 * len(json.dumps(schema)) + 300000)
+        last = out["properties"].get("p999", out)
+        self.assertEqual((last["type"], bool(last.get("description"))), ("object", True))
+
+    def test_the_tools_of_a_request_are_bounded_together(self):
+        tools = [{"name": "t%d" % i, "input_schema": pointing(100, {
+            "type": "string", "description": "x" * 2000})} for i in range(100)]
+        for translate, model_ in ((proxy.to_gemini, "gemini-3.8-flash"), (proxy.to_openai, "x")):
+            body = translate(request(tools=tools), model_, BOTH).body
+            self.assertLess(len(proxy.dump_json(body)), 8 * len(json.dumps(tools)) + 300000)
+
+    def test_arguments_are_repaired_in_linear_time(self):
+        def make(n):
+            names = ["n%d" % i for i in range(n)]
+            properties = dict.fromkeys(names, {"type": "string"})
+            return dict.fromkeys(names), {"properties": properties, "required": [
+                "r%d" % i for i in range(n)]}
+        self.linear(make, lambda pair: proxy.repair_arguments(*pair), 600)
+
+    def test_histories_take_linear_time(self):
+        def translate(messages):
+            proxy.to_gemini(request(*messages, tools=[TOOL]), "gemini-3.8-flash", CONFIG)
+            proxy.to_openai(request(*messages, tools=[TOOL]), "x", BOTH)
+        for name, n, make in HISTORY_GROWTH:
+            with self.subTest(name):
+                self.linear(make, translate, n)
+
+    def test_answers_in_many_pieces_take_linear_time(self):
+        def whole(chunks):
+            translation = proxy.to_gemini(request(**THINK), "gemini-3.8-flash", CONFIG)
+            emitter = proxy.MessageEmitter("m", str, lambda k, v: None, translation)
+            proxy.message_from_events(proxy.events_from_gemini(chunks, emitter))
+        for part in ({"text": "x" * 300}, {"text": "x" * 300, "thought": True}, call(),
+                     {"text": "a", "thoughtSignature": SIGNATURE}):
+            with self.subTest(part):
+                self.linear(lambda n: [chunk(part)] * n, whole, 2000)
+
+    def test_pieces_of_an_OpenAI_answer_take_linear_time(self):
+        def feed(pieces):
+            chunks = proxy.ChunksFromOpenAI()
+            for each in pieces:
+                chunks.feed(each)
+            chunks.end()
+        for piece in (oa_call(0, "1", name="f"), oa(reasoning_content="x" * 300), oa(
+                reasoning_details=[{"type": "reasoning.text", "index": 0, "text": "x" * 300}])):
+            with self.subTest(piece):
+                self.linear(lambda n: [piece] * n, feed, 1000)
+
+    def test_arguments_of_empty_objects_are_no_crash(self):
+        """Python 3.8 was aborted by them, so another process reads them."""
+        code = "import sys; sys.path.insert(0, %r); import claude_gemini_proxy as p\n" \
+               "for end in ('', '{', '5'): p.openai_arguments('{}' * 100000 + end)"
+        self.assertEqual(child("-c", code % os.path.dirname(proxy.__file__)), (0, ""))
+
+    def test_chunks_of_a_byte_are_read_in_linear_time(self):
+        r, body = self.run_proxy(upstream=proxy.DemoModel()), json.dumps(request()).encode()
+        head = post_bytes(request()).partition(b"Content-L")[0]
+        self.linear_on_the_wire(lambda n: self.assertIn(b" 200 ", r.raw(
+            head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1;x=yz\r\n \r\n" * n
+            + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))))
+
+    def answered_raw(self, raw):
+        """-> [(status, error's type or "", log)] of a raw answer, as a stream and whole"""
+        out = []
+        sse = {"Content-Type": "text/event-stream"}
+        for kind, data in ((sse, b"data: %s\n\n" % raw), ({}, raw)):
+            r = self.run_proxy(lambda *args: (200, kind, data), max_retries=0)
+            with log_text() as log:
+                status, answer = r.ask(request(tools=[TOOL], stream=bool(kind)))
+                last = answer[-1] if isinstance(answer, list) else answer
+                out.append((status, last.get("error", {}).get("type", ""), log.getvalue()))
+        return out
+
+    def test_nesting_is_an_answer_or_a_400_wherever_it_stands(self):
+        r = self.run_proxy(upstream=proxy.DemoModel())
+        with log_text() as log:
+            for (place, start, middle, end), levels, path in itertools.product(
+                    NESTED, (200, 900, 1900, 2100, 50000), ("", "/count_tokens")):
+                text = place % (start * levels + middle + end * levels)
+                usual = '"messages":[{"role":"user","content":"hi"}],' * (place[:5] != '"mess')
+                with self.subTest(place, levels=levels, path=path):
+                    status, _, answer = r.send("POST", "/v1/messages" + path, (
+                        '{"model":"claude-x",%s%s}' % (usual, text)).encode())
+                    self.assertIn(status, (200, 400), answer)
+        self.assertNotIn("Traceback", log.getvalue())
+
+    def test_a_nested_answer_is_an_answer_or_the_upstreams_fault(self):
+        for levels in (200, 900, 1900, 50000):
+            for status, kind, log in self.answered_raw(called_with(b"[" * levels + b"]" * levels)):
+                with self.subTest(levels=levels):
+                    self.assertIn(kind, ("", "api_error", "overloaded_error"))
+                    self.assertNotIn("Traceback", log)
+
+    def test_NaN_in_the_arguments_of_a_call_is_the_upstreams_fault(self):
+        for number in (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"[-1e999]"):
+            for status, kind, log in self.answered_raw(called_with(number)):
+                with self.subTest(number):
+                    self.assertIn(kind, ("api_error", "overloaded_error"))
+
+
+# ---- 18. Benchmark --------------------------------------------------------------------------
 class CannedGemini:
     """As fast an upstream as sockets allow: reads a request, sends bytes that were made before."""
 
