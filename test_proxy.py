@@ -3915,7 +3915,8 @@ class Endpoints(ProxyCase):
         self.assertEqual(sorted(x["status"] for x in shown["recent"]), [200, 400, 404])
         self.assertEqual(sum(m["errors"] for m in shown["minutes"]), 2)
         self.assertEqual((shown["keys"], shown["live"]),
-                         ([{"number": 1, "cooldown": {}, "upstream": "gemini"}], []))
+                         ([{"number": 1, "cooldown": {}, "refused": False,
+                            "upstream": "gemini"}], []))
         self.assertGreater(shown["spent_usd"], 0)
         cost = shown["counters"]["cost_usd_total{model=gemini-3.8-flash}"]
         self.assertAlmostEqual(cost, shown["spent_usd"])
@@ -4123,6 +4124,19 @@ class AutoMode(ProxyCase):
         self.assertIn('"from": "user"', system)
         self.assertNotIn("tools", body)
         self.assertIn("responseJsonSchema", body["generationConfig"])
+
+    def test_only_what_was_typed_is_the_users_word(self):
+        texts_ = ("<bash-stdout>x</bash-stdout>", "<local-command-stdout>x</local-command-stdout>",
+                  "This session is being continued from a previous conversation. Summary: x")
+        typed = {"role": "user", "content": [{"type": "text", "text": "typed"}, *(
+            {"type": "text", "text": t} for t in texts_)]}
+        skill = {"role": "user", "content": [
+            {"type": "text", "text": "<command-name>/x</command-name>"},
+            {"type": "text", "text": "The file of the command."}]}
+        self.assertEqual([e["text"] for e in proxy.transcript([typed, skill])
+                          if e["from"] == "user"], ["typed"])
+        body = proxy.judge_request({"messages": [typed]}, {}, [], "m", is_sub_agent=True)
+        self.assertNotIn('"from": "user"', body["messages"][0]["content"][0]["text"])
 
     def test_a_long_conversation_reaches_the_judge_in_a_bounded_form(self):
         messages = [{"role": "user", "content": "first " + "x" * 5000}]
@@ -5129,11 +5143,112 @@ class Program(ProxyCase):
                 "assert b'demo model' in u.urlopen(r).read();"
                 "assert os.environ['ANTHROPIC_API_KEY'] == os.environ['ANTHROPIC_AUTH_TOKEN'];"
                 "raise SystemExit(7)")
-        self.assertEqual(program("--demo", "run", sys.executable, "-c", code,
-                                 ANTHROPIC_API_KEY="x"), (7, ""))
+        status, output = program("--demo", "run", sys.executable, "-c", code,
+                                 ANTHROPIC_API_KEY="x")
+        self.assertEqual(status, 7, output)
+        before, after = output.splitlines()
+        self.assertRegex(before, r"opus and sonnet: gemini-3.8-flash, haiku: .*; page: http://"
+                                 r"127.0.0.1:\d+/#\S{32}$")
+        self.assertRegex(after, r"1 requests, tokens in \d+ \(cached 0\) out \d+, \$0.0000$")
 
-    def test_run_without_its_command_is_a_127(self):
+    def test_run_without_its_command_is_a_127_that_says_how_to_get_it(self):
         self.assertEqual(program("--demo", "run", "--", "/nowhere", "--port")[0], 127)
+        status, output = program("--demo", "run", "claude", PATH="/nowhere")
+        self.assertEqual(status, 127)
+        self.assertIn("npm install -g @anthropic-ai/claude-code", output)
+
+    def test_run_stops_where_no_request_could_succeed(self):
+        with FakeGemini() as fake, socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+            closed.close()
+            for base, key, setting in (
+                    ("http://127.0.0.1:%d/v1beta" % port, "k", "nothing listens there"),
+                    ("http://no-such-host.invalid/v1beta", "k", "host name cannot be found"),
+                    (fake.url, "bad", "The upstream refused the key")):
+                status, output = program("run", "true", GEMINI_API_BASE=base, GEMINI_API_KEY=key)
+                self.assertEqual((status, output.count("\n")), (1, 1), output)
+                self.assertIn("%s (GEMINI_API_BASE)" % base, output)
+                self.assertIn(setting, output)
+            status, output = program("run", "true", GEMINI_API_BASE=fake.url,
+                                     GEMINI_API_KEY="k", BIG_MODEL="gemini-nope")
+            self.assertEqual((status, output.count("\n")), (1, 1), output)
+            self.assertIn("gemini-nope: the model is not there for this key", output)
+
+    def test_claude_code_gets_no_api_key_and_no_other_address_from_its_settings(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, "claude"), "w") as file:
+                file.write("#!/bin/sh\nenv\n")
+            os.chmod(file.name, 0o755)
+            status, output = program("--demo", "run", "claude", ANTHROPIC_API_KEY="own",
+                                     PATH=folder + ":/usr/bin:/bin")
+        self.assertEqual(status, 0, output)
+        self.assertIn("\nCLAUDE_CODE_PROVIDER_MANAGED_BY_HOST=1\n", output)
+        self.assertNotIn("\nANTHROPIC_API_KEY=", output)
+        self.assertIn("auto mode: no judge (SAFEGUARDS_MODEL)", output)
+
+    def test_ask_prints_an_answer(self):
+        for words in (("Say", "hello"), ("Say hello",),
+                      ("--model", "gemini-3.6-flash", "Say hello")):
+            status, output = program("--demo", "ask", *words)
+            self.assertEqual(status, 0, output)
+            self.assertTrue(output.endswith("You said: Say hello\n"), output)
+
+    def test_ask_tells_an_error_in_one_line(self):
+        with FakeGemini(lambda *args: error_body(400, "Bad thing.")) as fake:
+            status, output = program("ask", "hi", GEMINI_API_BASE=fake.url, GEMINI_API_KEY="k")
+        self.assertEqual(status, 1)
+        self.assertEqual(output, "claude_gemini_proxy: Gemini answered 400: Bad thing.\n")
+        self.assertEqual(program("--demo", "ask")[0], 2)
+
+    def test_an_unknown_word_is_named_with_the_command_it_is_near_to(self):
+        for words, says in ((["runn", "claude"], 'unknown command "runn": did you mean run?'),
+                            (["chekc"], 'unknown command "chekc": did you mean check?'),
+                            (["check", "foo"], 'check takes no argument "foo"'),
+                            (["env", "tcsh"], "env takes sh, bash, zsh, fish, powershell"),
+                            (["x" * 30], "unknown command;")):
+            status, output = program(*words)
+            self.assertEqual((status, output.count("\n")), (2, 1), output)
+            self.assertIn(says, output)
+
+    def test_help_begins_with_the_commands_and_groups_the_settings(self):
+        for word in ("--help", "-h", "help"):
+            status, output = program(word)
+            self.assertEqual(status, 0, output)
+            places = [output.index(text_) for text_ in (
+                "commands:", "  run ", "  ask ", "example:", "upstream:", "--gemini-api-base",
+                "listening:", "--port", "models and costs:", "limits:", "log:", "--log-level")]
+            self.assertEqual(places, sorted(places))
+
+    def test_check_with_a_judge_has_two_calls_judged(self):
+        def script(body, model_, path):
+            if "verdicts" not in json.dumps(body):
+                return repeat(body, model_, path)
+            calls = json.loads(body["contents"][-1]["parts"][-1]["text"])["calls"]
+            rows = [{"id": c["id"], "flagged": "rm -rf" in c["input"]["command"],
+                     "explanation": "x"} for c in calls]
+            return [chunk(json.dumps({"verdicts": rows}), finish="STOP")]
+        with Running(script, safeguards_model="gemini-3.5-flash-lite") as r:
+            self.assertEqual(proxy.check_judge(r.server), "")
+        with Running(safeguards_model="gemini-3.5-flash-lite") as r:
+            self.assertIn("unavailable", proxy.check_judge(r.server))
+
+    def test_a_dotenv_with_set_in_its_lines_is_told(self):
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, ".env"), "w") as file:
+                file.write("set GEMINI_API_KEY=k\nPORT=9\n")
+            before = os.getcwd()
+            os.chdir(folder)
+            try:
+                with contextlib.redirect_stderr(io.StringIO()) as errors:
+                    self.assertEqual(proxy.read_dotenv(), {"PORT": "9"})
+            finally:
+                os.chdir(before)
+        self.assertIn("without set", errors.getvalue())
+
+    def test_a_command_for_windows_keeps_its_backslashes(self):
+        self.replace(proxy.os, "name", "nt")
+        self.assertEqual(proxy.command_words('"C:\\a b\\gcloud.cmd" auth print'),
+                         ["C:\\a b\\gcloud.cmd", "auth", "print"])
 
     def test_flags_behind_the_command_of_run_are_the_commands(self):
         _, flags, rest = proxy.parse_arguments(["--port", "1", "run", "x", "--port", "2"])
@@ -5157,10 +5272,10 @@ class Program(ProxyCase):
     def test_check_names_what_to_repair(self):
         status, output = self.check("--big-model", "gemini-nope")
         self.assertEqual(status, 1, output)
-        for line in ("FAIL gemini-nope is offered to this key",
-                     "FAIL opus -> gemini-nope answers: model: gemini-nope",
-                     "FAIL Claude Code is on the PATH: it is not: npm install"):
-            self.assertIn(line, output)
+        self.assertIn("FAIL gemini-nope: the model is not there for this key", output)
+        self.assertIn("BIG_MODEL", output)
+        self.assertIn("FAIL Claude Code is on the PATH: it is not: npm install", output)
+        self.assertEqual(output.count("gemini-nope"), 2, output)  # no further complaint
 
     def test_check_proves_a_good_setup(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -5170,7 +5285,7 @@ class Program(ProxyCase):
             status, output = self.check(PATH=folder + ":/usr/bin:/bin")
         self.assertEqual(status, 0, output)
         for line in ("ok   a signed tool call makes its round trip", "9.9.9",
-                     "ok   gemini-3.5-flash-lite is offered"):
+                     "ok   gemini-3.5-flash-lite answers (haiku)"):
             self.assertIn(line, output)
 
     def test_the_readme_example_of_vendoring_runs(self):
