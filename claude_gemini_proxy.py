@@ -664,11 +664,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    position = next((i for i, word in enumerate(argv) if word in COMMANDS), len(argv))
-    command = argv[position] if position < len(argv) else "serve"
-    before, after = list(argv[:position]), list(argv[position + 1:])
-    parser = build_parser()
-    takes_all = command in ("run", "ask")
+    named, before, after = split_command(argv)
+    command = named or "serve"
+    parser, takes_all = build_parser(), command in ("run", "ask")
     flags, unknown = parser.parse_known_args(before if takes_all else before + after)
     if takes_all and after[:1] == ["--"]:
         after = after[1:]
@@ -677,13 +675,25 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
     elif command == "env":
         after = [word for word in unknown if word in SHELLS]
         unknown = [word for word in unknown if word not in SHELLS]
-    if unknown == ["help"]:
+    if unknown:
+        refuse_word(parser, named, unknown[0])
+    return command, vars(flags), after
+
+
+def split_command(argv: Sequence[str]) -> Tuple[str, List[str], List[str]]:
+    """-> (command or "", what stands before it, what stands behind it)"""
+    for i, word in enumerate(argv):
+        if word in COMMANDS:
+            return word, list(argv[:i]), list(argv[i + 1:])
+    return "", list(argv), []
+
+
+def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
+    """Print the help, or say what is wrong with a word, and exit."""
+    if word == "help" and not command:
         parser.print_help()
         parser.exit()
-    if unknown:
-        parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(
-            command if position < len(argv) else "", unknown[0]))
-    return command, vars(flags), after
+    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(command, word))
 
 
 def not_understood(command: str, word: str) -> str:
