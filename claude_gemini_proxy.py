@@ -2517,6 +2517,8 @@ class ChunksFromOpenAI:
         self._dialect = dialect
         self._calls: List[Json] = []
         self._by_index: Dict[Any, Json] = {}
+        self._thinking_blocks: List[Json] = []
+        self._extras: Json = {}
         self._details: List[Json] = []    # reasoning_details, and
         self._reasonings: List[str] = []  # reasoning_content, that must come back with the answer
         self._refuses = self._streams = self._finished = False
@@ -2573,6 +2575,8 @@ class ChunksFromOpenAI:
         details = delta.get("reasoning_details") or []
         text = delta.get("reasoning") or delta.get("reasoning_content") or "".join(
             detail.get("text") or detail.get("summary") or "" for detail in details)
+        self._thinking_blocks += delta.get("thinking_blocks") or ()  # LiteLLM's, of Claude models
+        self._extras.update(delta.get("provider_specific_fields") or {})
         if details:
             self._details += details
         elif delta.get("reasoning_content"):
@@ -2596,17 +2600,22 @@ class ChunksFromOpenAI:
                                  else dump_json(arguments).decode("ascii"))
         call["extras"].update((field, delta[field]) for field in CALL_EXTRAS if delta.get(field))
 
+    def _take_kept(self, has_calls: bool) -> Json:
+        """The fields of the message that must be sent back with it."""
+        blocks = [without(block, "index") for block in joined_details(self._thinking_blocks)]
+        signed = self._extras.get("thought_signatures")  # of a text: calls have their own
+        kept = {"reasoning_details": joined_details(self._details), "thinking_blocks": blocks,
+                "reasoning_content": "".join(self._reasonings), "provider_specific_fields":
+                {"thought_signatures": signed} if signed and not has_calls else None}
+        self._details, self._reasonings, self._thinking_blocks, self._extras = [], [], [], {}
+        return {name: value for name, value in kept.items() if value}
+
     def _take_calls(self, parts: List[Json]) -> str:
         """Add the calls to parts. Returns a malformed one, or ""."""
         calls, self._calls, self._by_index = self._calls, [], {}
-        kept: Json = {}
-        if self._details:
-            kept["reasoning_details"] = joined_details(self._details)
-        if self._reasonings:
-            kept["reasoning_content"] = "".join(self._reasonings)
-        self._details, self._reasonings = [], []
+        kept = self._take_kept(bool(calls))
         malformed = ""
-        if not calls and kept.get("reasoning_details"):
+        if not calls and set(kept) - {"reasoning_content"}:
             parts.append({"text": "", "thoughtSignature": kept_signature(kept, self._dialect)})
         for call in calls:
             text = "".join(call["arguments"])
@@ -2649,6 +2658,9 @@ def openai_arguments(text: str) -> Optional[Json]:
     return args if isinstance(args, dict) else {} if args is None else None
 
 
+JOINED_TEXTS = ("text", "summary", "thinking")
+
+
 def joined_details(details: Sequence[Json]) -> List[Json]:
     """Pieces of reasoning_details -> whole ones; those of one index and type are one."""
     joined: List[Json] = []
@@ -2656,11 +2668,11 @@ def joined_details(details: Sequence[Json]) -> List[Json]:
         if not joined or begins_detail(joined[-1], detail):
             joined.append({})
         for key, value in detail.items():
-            if key in ("text", "summary") and isinstance(value, str):
+            if key in JOINED_TEXTS and isinstance(value, str):
                 joined[-1].setdefault(key, []).append(value)
             elif value is not None or key not in joined[-1]:
                 joined[-1][key] = value
-    return [{key: "".join(value) if key in ("text", "summary") and isinstance(value, list)
+    return [{key: "".join(value) if key in JOINED_TEXTS and isinstance(value, list)
              else value for key, value in detail.items()} for detail in joined]
 
 

@@ -4668,6 +4668,48 @@ class OtherUpstreams(ProxyCase):
                                   "cache_read_input_tokens": 40, "output_tokens": 30})
         self.assertTrue(wait_for(lambda: r.server.traffic.spent == 1.0))
 
+    def parts_of(self, *chunks):
+        """The parts of an answer of LiteLLM's 1.108.7, whose deltas were recorded 2026-11-24."""
+        reader = proxy.ChunksFromOpenAI()
+        found = [reader.feed({"choices": [{"index": 0, "delta": delta}]}) for delta in chunks]
+        found += reader.end()
+        return [part for each in found for part in each["candidates"][0]["content"]["parts"]]
+
+    def test_litellms_signature_on_a_call_and_its_long_id_come_back(self):
+        id_ = "dknw1lfi__thought__" + "dl8f" * 500
+        call_ = {"id": id_, "type": "function", "index": 0,
+                 "function": {"arguments": '{"city": "Bern"}', "name": "weather"},
+                 "provider_specific_fields": {"thought_signature": "dl8f" * 500}}
+        (part,) = self.parts_of({"provider_specific_fields": {
+            "thought_signatures": ["dl8f" * 500]}, "tool_calls": [call_]})
+        padded = part["callId"] + "=" * (-len(part["callId"]) % 4)
+        self.assertEqual(base64.urlsafe_b64decode(padded).decode(), id_)
+        part["functionCall"]["id"] = id_
+        message = proxy.openai_assistant([part], "other", set())
+        self.assertEqual(message["tool_calls"][0]["provider_specific_fields"],
+                         call_["provider_specific_fields"])
+        self.assertEqual(set(message), {"role", "tool_calls"})  # "" would become an empty part
+
+    def test_litellms_signature_of_a_text_comes_back_with_the_message(self):
+        fields = {"thought_signatures": ["rPMA"]}
+        parts = self.parts_of({"content": "Hi"}, {"provider_specific_fields": fields})
+        message = proxy.openai_assistant(parts, "other", set())
+        self.assertEqual(message, {"role": "assistant", "content": "Hi",
+                                   "provider_specific_fields": fields})
+
+    def test_litellms_thinking_blocks_come_back_joined(self):
+        parts = self.parts_of(
+            {"thinking_blocks": [{"type": "thinking", "thinking": "I think ", "index": 0}]},
+            {"thinking_blocks": [{"type": "thinking", "thinking": "first.", "index": 0}]},
+            {"thinking_blocks": [{"type": "thinking", "thinking": "", "signature": "Eq",
+                                  "index": 0}]},
+            {"thinking_blocks": [{"type": "redacted_thinking", "data": "x", "index": 1}]},
+            {"content": "Hi"})
+        message = proxy.openai_assistant(parts, "other", set())
+        self.assertEqual(message["thinking_blocks"], [
+            {"type": "thinking", "thinking": "I think first.", "signature": "Eq"},
+            {"type": "redacted_thinking", "data": "x"}])
+
     def test_reasoning_details_come_back_joined_with_their_call(self):
         head, tail = {"type": "reasoning.text", "index": 0}, {
             "type": "reasoning.encrypted", "data": "xyz", "id": "f.Bash:0", "index": 1}
