@@ -3499,7 +3499,7 @@ class Connections(ProxyCase):
         self.assertEqual(len(r.fake.requests), 8)
 
     def test_a_connection_above_the_limit_is_refused_in_threads(self):
-        r = self.run_proxy(lambda *args: ["hang"], max_connections=2)
+        r = self.run_proxy(lambda *args: ["hang"], max_connections=2, ping_interval=0.2)
         held = [self.connect(r.port) for _ in range(2)]
         for sock in held:
             sock.sendall(post_bytes(request()))
@@ -4101,7 +4101,7 @@ class AutoMode(ProxyCase):
     def test_a_late_judge_does_not_stop_the_pings(self):
         r = self.run_proxy(lambda body, model_, path: ["hang"] if "lite" in model_ else [
             chunk("I look."), chunk(BASH, finish="STOP")],
-            safeguards_model="gemini-3.5-flash-lite", safeguards_timeout=1.0, ping_interval=0.2)
+            safeguards_model="gemini-3.5-flash-lite", safeguards_timeout=0.5, ping_interval=0.1)
         status, head, data = r.send("POST", "/v1/messages", request(
             tools=[TOOL], stream=True, safeguards=SAFEGUARDS))
         self.assertIn(b"event: ping", data.partition(b'"tool_use"')[2])
@@ -5729,18 +5729,18 @@ class Hostile(ProxyCase):
         for start, piece in ((b"", b"H"), (JSON_HEAD, b"X: y\r\n"), (CHUNKED, b"1\r\n \r\n"), (
                 JSON_HEAD + b"Content-Length: 1000\r\n\r\n", b" "), (
                     b"", b"HTTP/1.1 100 C\r\n\r\n")):
-            drops = []  # 25 a second, at most 40
+            drops = []  # 50 a second, at most 50
             upstream = self.raw_upstream(lambda sock, head: (sock.sendall(start), drops.append(
-                pour(sock, piece, 40 * len(piece), 0.04) / len(piece))) and None)
+                pour(sock, piece, 50 * len(piece), 0.02) / len(piece))) and None)
             r = self.run_proxy(gemini_api_base=upstream.url)
             for member in r.server.upstream.members.values():
-                member.COUNT_SECONDS = 0.2
+                member.COUNT_SECONDS = 0.1
             for method, path, body in (("GET", "/v1/models", None), (
                     "POST", "/v1/messages/count_tokens", request())):
                 with self.subTest(start=start, piece=piece, path=path):
                     self.assertEqual(r.send(method, path, body)[0], 200)
                     self.assertTrue(wait_for(lambda: drops, 6))
-                    self.assertLess(drops.pop(), 25)
+                    self.assertLess(drops.pop(), 30)
 
     def test_an_upstream_of_HTTP_1_0_with_chunks_is_not_kept_open(self):
         data, ports = json.dumps(chunk("ok", finish="STOP")).encode(), []
@@ -5944,13 +5944,16 @@ class Hostile(ProxyCase):
                     self.assertNotIn("CANARY", log.getvalue() + "".join(seen))
 
     def test_a_request_is_free_when_it_ends_also_when_it_failed(self):
-        def left():
+        def left():  # of what is younger than the test: the rest is frozen
             return [each for each in gc.get_objects() if isinstance(each, (
                 proxy.Exchange, proxy.MessageEmitter, proxy.Translation, proxy.ProxyError))]
         replies = [[chunk("ok", finish="STOP")], ["reset"], BAD_KEY, [chunk("a"), "reset"],
                    [chunk("a"), {"error": {"code": 500, "message": "m"}}], ["cut", chunk("a")],
                    (200, {}, b"{"), [b"data: {\n\n"], [{"candidates": 5}]]
         replies += [error_body(code, "No.") for code in (400, 429, 500)]
+        gc.collect()
+        gc.freeze()
+        self.addCleanup(gc.unfreeze)
         for reply, stream in itertools.product(replies, (True, False)):
             r = self.run_proxy(lambda *args: reply, max_retries=0)
             gc.collect()
@@ -6019,8 +6022,10 @@ class Hostile(ProxyCase):
         self.assertLess(len(texts_kept(ring)), 2500)
 
     def test_silent_connections_give_way_to_a_client_with_the_token(self):
-        r = self.run_proxy(lambda *args: [chunk("a"), 0.5, chunk("b", finish="STOP")],
-                           max_connections=8, proxy_auth_token="secret")
+        gate = threading.Event()
+        r = self.run_proxy(lambda body, model_, path: [
+            chunk("a"), *[gate] * ("stream" in path), chunk("b", finish="STOP")],
+            max_connections=8, proxy_auth_token="secret")
         with contextlib.ExitStack() as stack:
             def connect(data):
                 sock = stack.enter_context(socket.create_connection(("127.0.0.1", r.port), 5))
@@ -6035,6 +6040,7 @@ class Hostile(ProxyCase):
             time.sleep(0.1)
             for _ in range(3):
                 self.assertEqual(r.ask(request(), x_api_key="secret")[0], 200)
+            gate.set()
             while b"message_stop" not in rest:
                 data = stream.recv(65536)
                 self.assertTrue(data, "an answer under way was cut")
@@ -6103,6 +6109,13 @@ class ProxyProgram:
         sock.sendall(data)
         return sock
 
+    def refuses(self):
+        """Whether nobody listens at the port."""
+        with contextlib.suppress(ConnectionRefusedError):
+            self.connect().close()
+            return False
+        return True
+
     def ask(self, body):
         """-> the status line"""
         with self.connect(post_bytes(body, b"Connection: close\r\n")) as sock:
@@ -6132,6 +6145,7 @@ class LettingGo(unittest.TestCase):
 
     def fake(self, script=repeat):
         fake = FakeGemini(script)
+        fake.RequestHandlerClass = GatedHandler
         self.addCleanup(fake.__exit__)
         return fake
 
@@ -6193,14 +6207,17 @@ class LettingGo(unittest.TestCase):
             self.assertLess(len(p.said()), 60000)
 
     def test_SIGTERM_waits_for_nothing_but_answers_under_way(self):
-        fake = self.fake(lambda *args: [chunk("a"), 0.4, chunk("b", finish="STOP")])
+        fake = self.fake(lambda *args: [chunk("a"), gate, chunk("b", finish="STOP")])
         for data in (b"POST /v1/mess", post_bytes(request())[:-5]):
+            gate = threading.Event()
             with self.subTest(data[:20]), ProxyProgram(fake.url) as p, p.connect(data), \
                     p.connect(), \
                     p.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"), p.connect(
                         post_bytes(request(stream=True), b"Connection: close\r\n")) as stream:
                 answer = stream.recv(100)
                 p.process.send_signal(signal.SIGTERM)
+                self.assertTrue(wait_for(p.refuses), "the port is not free")
+                gate.set()
                 answer += b"".join(iter(lambda: stream.recv(65536), b""))
                 self.assertIn(b"message_stop", answer)
                 self.assertEqual(p.ended(), 0)
@@ -6272,12 +6289,15 @@ def cpu_seconds(act, value, tries=2):
 
 def growth(make, act, n):
     """CPU time of act(make(4 * n)), in times of act(make(n)); what is too short to measure counts
-    as a millisecond."""
+    as a millisecond, and what looks like more than linear work is measured again."""
+    small, large = make(n), make(4 * n)
     gc.collect()
     gc.disable()
     try:
-        small = cpu_seconds(act, make(n))
-        return cpu_seconds(act, make(4 * n)) / max(small, 0.001)
+        ratio = cpu_seconds(act, large, 1) / max(cpu_seconds(act, small, 1), 0.001)
+        if ratio > 5:
+            ratio = cpu_seconds(act, large) / max(cpu_seconds(act, small), 0.001)
+        return ratio
     finally:
         gc.enable()
 
@@ -6392,7 +6412,7 @@ def pointing(n, target, wrap=lambda reference: reference):
 
 
 SCHEMA_GROWTH = [  # name, size, schema of a size
-    ("required under allOf", 400, lambda n: {"type": "object", "properties": {"a": {}}, "allOf": [
+    ("required under allOf", 200, lambda n: {"type": "object", "properties": {"a": {}}, "allOf": [
         {"required": ["r%d" % (i * 100 + k) for k in range(100)]} for i in range(n)]}),
     ("properties under allOf", 450, lambda n: {"type": "object", "allOf": [
         {"properties": {"a%d" % i: {"type": "string"}}} for i in range(n)]}),
@@ -6442,7 +6462,7 @@ HISTORY_GROWTH = [  # name, size, messages of a size
     ("turns: %.60s" % (turn,), 250, lambda n, turn=turn: turn * n) for turn in (
         [USER], [says(TEXT), USER], [{"role": "system", "content": "s"}],
         [{"role": "user", "content": [{"type": "compaction", "content": "c"}]}],
-        [says(uses()), results("toolu_1")], [{"role": "user", "content": ["a"] * 50}],
+        [says(uses()), results("toolu_1")], [{"role": "user", "content": ["a"] * 20}],
         [says({"type": "thinking", "thinking": "", "signature": "x"})],
         [{"role": "user", "content": [{"type": "tool_addition", "tool": {"definition": TOOL}}]}])]
 
