@@ -1346,6 +1346,12 @@ def thinks(level=None, budget=None, include=True):
 
 
 CALLED = called("toolu_1")
+DEFERRED = [tool("A", defer_loading=True), tool("B", defer_loading=True)]
+JSON_FORMAT = {"type": "json_schema", "schema": {"type": "object"}}
+JSON_HINT = ('Your final answer must be JSON of this schema, and nothing else: {"type": "object"}')
+MEDIA_URLS = {"https://x.org/a.png": "image/png", "https://x.org/a.heic?a=1#b": "image/heic",
+              "https://x.org/a.pdf": "application/pdf", "gs://b/c.TXT": "text/plain",
+              "http://x.org/a": "image/jpeg"}
 REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
     becomes("a plain string", request(), user("hi")),
     ("system blocks without the billing line", request(system=[
@@ -1429,6 +1435,41 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
             user("Summary of the conversation so far:\nSum."), model("a"), user("go")),
     becomes("blocks that nobody knows", request(asks({"type": "new", "x": 1, "cache_control": {}})),
             user('{"type": "new", "x": 1}')),
+    becomes("URLs of media, whose type is that of the name's end", request(asks(
+        *[{"type": "image", "source": {"type": "url", "url": url}} for url in MEDIA_URLS],
+        {"type": "document", "source": {"type": "url", "url": "https://x.org/a"}})),
+        user(*[{"fileData": {"mimeType": mime, "fileUri": url}}
+               for url, mime in dict(MEDIA_URLS, **{"https://x.org/a": "application/pdf"}).items()])),
+    becomes("data URLs and media without a type", request(asks(
+        {"type": "image", "source": {"type": "url", "url": "data:image/webp;base64,UklGRgAA"}},
+        {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
+        {"type": "document", "source": {"type": "base64", "data": PDF}})),
+        user(inline("UklGRgAA", "image/webp"), inline("AAAA", "image/jpeg"),
+             inline(PDF, "application/pdf"))),
+    becomes("base64 with white space in it", request(asks(image(PNG[:8] + "\n " + PNG[8:]))),
+            user(inline())),
+    becomes("a text document in base64, with a title and a context", request(asks(document(
+        "text/plain", base64.b64encode("Dé".encode()).decode(), title="T", context="C"))),
+        user("T\nC", "Dé")),
+    becomes("tools that ran in an earlier answer", request("a", says(
+        {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
+        {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
+            {"type": "web_search_result", "title": "A", "url": "https://a"}, {"title": "B"}]},
+        {"type": "mcp_tool_result", "content": [{"x": 1}]},
+        {"type": "redacted_thinking", "data": "x"}), "go"),
+        user("a"), model('[web_search: {"query": "q"}]', "Sources found:\n- A: https://a\n- B: None",
+                         '[mcp_tool_result: [{"x": 1}]]'), user("go")),
+    becomes("only the last system message of its turn stays",
+            request("a", system("gone", clear_at="next_user_message"), says("x"), "b",
+                    system("kept", clear_at="next_user_message")),
+            user("a"), model("x"), user("b", proxy.REMINDER % "kept")),
+    becomes("a later system message with a reminder, a text and an image", request(
+        "a", system([text("<system-reminder>\nR</system-reminder>"), text("S"), image()])),
+        user("a", "<system-reminder>\nR</system-reminder>", proxy.REMINDER % "S", inline())),
+    ("a leading system message with an image", request(system([text("S"), image()]), "a"),
+     {"systemInstruction": {"parts": [{"text": "S"}]}, "contents": [user(inline(), "a")]}),
+    becomes("texts as blocks", request({"role": "user", "content": ["a", text("b")]}),
+            user("a", "b")),
     ("tool_choice of a long name",
      request(tools=[tool(LONG_A), tool(LONG_B)], tool_choice={"type": "tool", "name": LONG_B}),
      {"tools": declared(proxy.gemini_name(LONG_A), proxy.gemini_name(LONG_B)),
@@ -1449,6 +1490,46 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
     ("web search beside functions", request(tools=[WEB_SEARCH, TOOL]),
      {"tools": BASH_DECLARED + [{"googleSearch": {}}],
       "toolConfig": {"includeServerSideToolInvocations": True}}),
+    ("web search without some sites", request(tools=[dict(
+        WEB_SEARCH, allowed_domains=[], blocked_domains=["a.org", "b.org"])]),
+     {"systemInstruction": {"parts": [{"text": "Never search or cite these sites: a.org, b.org."}]},
+      "tools": [{"googleSearch": {}}]}),
+    ("a tool that a tool search of Anthropic's has found", request("a", says(
+        {"type": "server_tool_use", "id": "s", "name": "tool_search", "input": {}},
+        {"type": "tool_search_tool_result", "content": {"tool_references": [
+            {"type": "tool_reference", "tool_name": "B"}]}}), "go", tools=DEFERRED),
+     {"tools": declared("B")}),
+    ("deferred tools that Anthropic would search", request(
+        tools=DEFERRED + [{"type": "tool_search_tool_regex_20251119", "name": "s"}]),
+     {"tools": declared("A", "B")}),
+    ("tools that come and go", request("a", system([
+        {"type": "tool_addition", "tool": {"definition": tool("N")}},
+        {"type": "tool_addition", "tool": {"name": "B"}},
+        {"type": "tool_removal", "tool": {"name": "C"}}]), tools=DEFERRED + [tool("C")]),
+     {"tools": declared("B", "N"), "contents": [user("a")]}),
+    ("tools that come with a compaction", request(asks(
+        {"type": "compaction", "content": None, "tool_changes": [
+            {"type": "tool_addition", "tool": {"name": "B"}}]}, text("a")), tools=DEFERRED),
+     {"tools": declared("B"), "contents": [user("a")]}),
+    ("Anthropic's own client tools", request(tools=[
+        {"type": "bash_20250124", "name": "bash"}, {"type": "brand_new_1", "name": "gone"},
+        dict(TOOL, type="brand_new_2"), {"type": "web_fetch_20250910", "name": "web_fetch"},
+        {"type": "code_execution_20250825", "name": "code"}]),
+     {"tools": [{"functionDeclarations": [
+         {"name": "bash", "description": "Run a command in a persistent bash session.",
+          "parametersJsonSchema": proxy.CLIENT_TOOLS["bash_"][1]},
+         BASH_DECLARED[0]["functionDeclarations"][0]]}, {"urlContext": {}}, {"codeExecution": {}}]}),
+    *[("tool_choice: " + kind, request(tools=[tool("A")], tool_choice={"type": kind, "name": name}),
+       {"tools": declared("A"), "toolConfig": expected and {"functionCallingConfig": expected}})
+      for kind, name, expected in (
+          ("auto", None, {"mode": "AUTO"}), ("none", None, {"mode": "NONE"}),
+          ("any", None, {"mode": "ANY"}), ("tool", "gone", None),
+          ("tool", "A", {"mode": "ANY", "allowedFunctionNames": ["A"]}))],
+    ("an answer in JSON beside tools", request(tools=[tool("A")], output_format=JSON_FORMAT),
+     {"systemInstruction": {"parts": [{"text": JSON_HINT}]}, "generationConfig": {
+         "maxOutputTokens": 9192, "responseMimeType": "application/json",
+         "thinkingConfig": thinks("LOW", include=False),
+         "responseJsonSchema": {"type": "object"}}}),
     ("an answer in JSON", request(output_config={"format": {
         "type": "json_schema", "schema": {"type": "object", "properties": {"a": {"const": "x"}}}}}),
      {"generationConfig": {
@@ -1471,6 +1552,9 @@ OLD_MODEL_CASES = (  # the same for gemini-2.5-pro
             user(response("a", {"output": ""}), response("b"), inline())),
     ("web search goes where functions are", request(tools=[WEB_SEARCH, TOOL]),
      {"tools": BASH_DECLARED, "toolConfig": None}),
+    ("an answer in JSON beside tools", request(tools=[tool("A")], output_format=JSON_FORMAT),
+     {"systemInstruction": {"parts": [{"text": JSON_HINT}]}, "generationConfig": {
+         "maxOutputTokens": 9192, "thinkingConfig": thinks(budget=128, include=False)}}),
 )
 MAX_EFFORT = {"output_config": {"effort": "max"}}
 BUDGET = {"thinking": {"type": "enabled", "budget_tokens": 31999}}
@@ -1501,6 +1585,16 @@ BAD_BLOCKS = (  # a user's block, how the message goes on after "messages[0].con
     (image(""), ".source.data: image cannot be empty"),
     (image("no base64!"), ".source.data: could not process image"),
     (document("text/plain", "é"), ".source.data: "),
+    (document("text/plain", "QUJ"), ".source.data: is not base64"),
+    ({"type": "image", "source": {"type": "url", "url": "ftp://x"}},
+     ".source.url: must be an http, https, gs or data URL"),
+    ({"type": "image", "source": {"type": "new"}},
+     '.source.type: must be base64 or url, not "new"'),
+    (result(5), ".tool_use_id: must be a string, not an integer"),
+    (result("toolu_1", [image(GIF, "image/gif")]),
+     ".content[0].source.media_type: could not process image"),
+    ({"type": "document", "source": {"type": "content", "content": [text("D"), image("A")]}},
+     ".source.content[1].source.data: could not process image"),
     ({"type": "document", "source": FILE}, ".source: "),
     ({"type": "container_upload", "file_id": "f"}, ": "),
     ({"type": "compaction", "content": "x", "tool_changes": ["x", {"type": "tool_addition"}]},
@@ -1523,6 +1617,17 @@ BAD_REQUESTS = tuple(  # request, how the message starts
     (request(tools=[{}]), "tools[0].name: "),
     (request(tools=[1]), "tools[0]: "),
     (request(tools=[dict(TOOL, input_schema=[])]), "tools[0].input_schema: "),
+    (request(tools=[dict(TOOL, type=5)]), "tools[0].type: must be a string, not an integer"),
+    (request({"role": "user", "content": [{"type": 5}]}), "messages[0].content[0].type: "),
+    (request({"role": "user", "content": [5]}), "messages[0].content[0]: must be an object"),
+    (request(system=5), "system: must be a string or a list, not an integer"),
+    (request(system=[{"type": "text"}]), "system[0].text: "),
+    (request(model=" "), "model: a model name is required"),
+    (request(model="a\nb"), "model: a model name has no control characters"),
+    (request("x", says({"type": "tool_use", "id": "5", "name": ""})),
+     "messages[1].content[0].name: a tool name is required"),
+    (request(compaction={"a": 1}), "compaction: "),
+    (request(container={"skills": [{}]}), "container.skills: "),
     (request(tools=[TOOL], tool_choice={"type": "x"}), "tool_choice.type: "),
     (request(tools=[{"type": "computer_20251124", "name": "computer"}]), "tools[0]: "),
     (request(stop_sequences=[" "]), "stop_sequences[0]: "),
@@ -1530,6 +1635,7 @@ BAD_REQUESTS = tuple(  # request, how the message starts
     (request(mcp_servers=[{}]), "mcp_servers: "),
     (request(thread={"type": "create"}), "thread: "),
     (request(output_config={"format": {"type": "xml"}}), "output_config.format.type: "),
+    (request(output_format={"type": "json_schema"}), "output_format.schema: "),
 )
 MODEL_NAMES = (  # what a client asks for, and what it gets with NAMED
     ("claude-opus-5-5[1m]", "gemini-4-argon"), ("claude-sonnet-5[1M][1m]", "gemini-3.6-flash"),
