@@ -1708,6 +1708,7 @@ class Requests(unittest.TestCase):
 
 # ---- 6. Schemas -----------------------------------------------------------------------------
 ANY, S, INT = proxy._any_value(), {"type": "string"}, {"type": "integer"}
+OR_NULL = {"anyOf": [S, {"type": "null"}]}
 AS_NAMES = "title default $schema type properties enum required $ref".split()
 
 
@@ -1757,7 +1758,70 @@ SCHEMA_CASES = (  # name, a tool's schema, what Gemini gets
     ("siblings of anyOf go into the branches",
      dict(an_object(a={"type": "string"}), anyOf=[{"required": ["a"]}, {"required": ["b"]}]),
      {"anyOf": [an_object("a", a=S), an_object(a=S)]}),
+    ("a tuple with further items", {"type": "array", "prefixItems": [S], "items": INT},
+     {"type": "array", "items": {"anyOf": [S, INT]}}),
+    ("a tuple of an older draft", {"type": "array", "items": [S, INT]},
+     {"type": "array", "items": {"anyOf": [S, INT]}}),
+    ("items without a type", {"items": S, "minItems": 1, "maxItems": True},
+     {"type": "array", "items": S, "minItems": 1}),
+    ("lengths that are none, and a pattern",
+     dict(S, minLength=-1, maxLength=1 << 31, format="date-time", pattern="^a$"),
+     dict(S, format="date-time", pattern="^a$")),
+    ("formats and bounds of numbers", an_object(
+        a=dict(INT, format="int64", minimum=1.5, maximum=True, default=None, title="T"),
+        b={"type": "number", "format": "int64"}),
+     an_object(a=dict(INT, format="int64", minimum=1.5, default=None, title="T"),
+               b={"type": "number", "description": "(format: int64)"})),
+    ("required names, each once", an_object("a", "a", "z", a=S), an_object("a", a=S)),
+    ("additionalProperties", an_object(a=dict(an_object(a=S), additionalProperties=INT),
+                                       b=dict(an_object(a=S), additionalProperties=False)),
+     an_object(a=dict(an_object(a=S), additionalProperties=INT),
+               b=dict(an_object(a=S), additionalProperties=False))),
+    ("a hint, and a keyword of somebody's own", dict(S, contentEncoding="base64", **{"x-a": 1}),
+     dict(S, description='(contentEncoding: "base64")')),
+    ("enums that are no texts", an_object(a={"type": "boolean", "enum": [True]},
+                                          b=dict(S, enum=[1]), c={"const": None},
+                                          d={"const": 1.5}, e=dict(S, enum=["a", "a"])),
+     an_object(a={"type": "boolean", "description": "(one of: true)"},
+               b=dict(S, description="(one of: 1)"), c={"type": "null"},
+               d={"type": "number", "description": "(one of: 1.5)"}, e=dict(S, enum=["a"]))),
+    ("nullable", an_object(a=dict(S, nullable=True), b={"type": ["string", "null"],
+                                                        "nullable": True}),
+     an_object(a=OR_NULL, b=OR_NULL)),
+    ("alternatives of alternatives, doubles and false",
+     {"anyOf": [S, False, S, {"anyOf": [INT, {"type": "null"}]}]},
+     {"anyOf": [S, INT, {"type": "null"}]}),
+    ("one alternative, and none", an_object(a={"anyOf": [S], "title": "T"}, b={"anyOf": [False]}),
+     an_object(a=dict(S, title="T"), b=ANY)),
+    ("refs with escapes, into a list, and to nothing",
+     {"$defs": {"a/b": INT, "c": [{}, S]}, "type": "object", "properties": {
+         "a": {"$ref": "#/$defs/a~1b"}, "b": {"$ref": "#/$defs/c/1"},
+         "c": {"$ref": "#/$defs/c/9"}}},
+     an_object(a=INT, b=S, c={"type": "object", "description": "same form as 9"})),
+    ("what allOf requires", {"allOf": [an_object("a", a=S), an_object("b", b=INT)],
+                             "required": ["b"]}, an_object("b", "a", b=INT, a=S)),
 )
+STRICT_CASES = (  # name, a tool's schema, its `parameters` where parametersJsonSchema is unknown
+    ("null", an_object(a={"type": "null"}), an_object(a=dict(S, nullable=True))),
+    ("an object without properties", an_object(a={"type": "object", "description": "D"}, b={
+        "type": "array", "items": {"type": "object"}}),
+     an_object(a=dict(S, description="D (a JSON object, as text)"), b={
+         "type": "array", "items": dict(S, description="(a JSON object, as text)")})),
+    ("alternatives", an_object(a=dict(OR_NULL), b={"anyOf": [S, INT, {"type": "null"}]}, c={
+        "anyOf": [S, INT]}),
+     an_object(a=dict(S, nullable=True), b={"anyOf": [S, INT], "nullable": True},
+               c={"anyOf": [S, INT]})),
+    ("a default and additionalProperties",
+     dict(an_object("a", a=dict(S, default="x", title="T")), additionalProperties=False),
+     an_object("a", a=dict(S, title="T"))))
+ROOT_CASES = (  # name, a schema with alternatives, the object that a tool's parameters must be
+    ("what all require is required", {"description": "D", "anyOf": [
+        an_object("a", "b", a=S, b=INT), an_object("a", a=INT, c=S)]},
+     dict(an_object("a", a=S, b=INT, c=S), description="D; either: needs a, b")),
+    ("null beside an object", {"anyOf": [an_object("a", a=S), {"type": "null"}]},
+     an_object("a", a=S)),
+    ("no object", S, an_object()), ("no object, but a text", dict(S, description="D"),
+                                    dict(an_object(), description="D")))
 
 
 class Schemas(unittest.TestCase):
@@ -1790,6 +1854,25 @@ class Schemas(unittest.TestCase):
                 self.assertEqual(proxy.to_gemini_schema(given, root=True)["type"], "object")
                 self.check(given)
 
+    def test_a_root_with_alternatives_is_one_object(self):
+        for name, given, expected in ROOT_CASES:
+            with self.subTest(name):
+                self.assertEqual(proxy.to_gemini_schema(given, root=True), expected)
+
+    def test_schemas_have_an_older_form_too(self):
+        for name, given, expected in STRICT_CASES:
+            with self.subTest(name):
+                self.assertEqual(proxy.strict_schema(proxy.to_gemini_schema(given)), expected)
+                self.check(given)
+
+    def test_limits_of_values_can_be_left_out(self):
+        limits = dict(S, enum=["a"], pattern="a", minLength=1, maxLength=2)
+        schema = an_object("enum", enum=limits, a={
+            "type": "array", "minItems": 1, "maxItems": 2, "items": dict(INT, minimum=1, maximum=2)})
+        body = proxy.to_gemini(request(tools=[tool("t", input_schema=schema)]), FLASH, CONFIG).body
+        plain = an_object("enum", enum=S, a={"type": "array", "items": INT})
+        self.assertEqual(proxy.with_plain_tools(body)["tools"], declared("t", schema=plain))
+
     def test_a_deep_schema_and_a_wide_one_stay_small(self):
         deep = {"type": "string"}
         for _ in range(200):
@@ -1812,6 +1895,17 @@ GROUNDING = {"webSearchQueries": ["q1", "q2"],
                                     "groundingChunkIndices": [0, 1]}]}
 CODE = {"executableCode": {"language": "PYTHON", "code": "1+1"}}
 CODE_RESULT = {"codeExecutionResult": {"outcome": "OUTCOME_OK", "output": "2"}}
+
+
+FAILED_CODE = {"codeExecutionResult": {"outcome": "OUTCOME_FAILED"}}
+TOKENS = {"promptTokenCount": 100000, "cachedContentTokenCount": 40000, "thoughtsTokenCount": 500,
+          "candidatesTokenCount": 1000, "toolUsePromptTokenCount": 100}
+NO_USAGE = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+            "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
+            "output_tokens": 0, "output_tokens_details": {"thinking_tokens": 0},
+            "server_tool_use": None, "service_tier": "standard", "inference_geo": None}
+MESSAGE = {"id": "msg_0", "type": "message", "role": "assistant", "model": "claude-x",
+           "stop_sequence": None, "stop_details": None, "container": None}
 
 
 def texts(name, chunks, shown, reason="end_turn"):
@@ -1987,6 +2081,63 @@ class Answers(unittest.TestCase):
                         self.assertIsNotNone(block.get("citations"))
                     if block["type"] == "tool_use":
                         self.assertEqual(block["caller"], {"type": "direct"})
+
+    def whole(self, chunks, **fields):
+        """-> (first event, Message, last two events) of an answer, ids numbered."""
+        translation, numbers = proxy.to_gemini(request(**fields), FLASH, CONFIG), itertools.count()
+        emitter = proxy.MessageEmitter("claude-x", lambda prefix: "%s%d" % (prefix, next(numbers)),
+                                       lambda key, signature: None, translation, 7, True)
+        events = list(proxy.events_from_gemini(chunks, emitter))
+        return events[0], proxy.message_from_events(events), events[-2:]
+
+    def test_a_message_starts_with_all_fields_that_the_SDKs_require(self):
+        start, _, _ = self.whole([chunk("a")])
+        self.assertEqual(start, {"type": "message_start", "message": dict(
+            MESSAGE, content=[], stop_reason=None, usage=dict(NO_USAGE, input_tokens=7))})
+
+    def test_a_message_ends_with_all_fields_that_the_SDKs_require(self):
+        _, _, (delta, stop) = self.whole([chunk("a", finish="SAFETY")])
+        self.assertEqual(stop, {"type": "message_stop"})
+        self.assertEqual(delta, {
+            "type": "message_delta", "usage": dict(NO_USAGE, input_tokens=7),
+            "context_management": {"applied_edits": []}, "delta": {
+                "stop_reason": "refusal", "stop_sequence": None, "container": None,
+                "stop_details": {"type": "refusal", "category": None,
+                                 "explanation": "The model stopped this answer: SAFETY."}}})
+
+    def test_a_message_with_blocks_of_every_kind_is_exactly_this(self):
+        _, message, _ = self.whole([
+            chunk(thought("T"), CODE, CODE_RESULT), chunk(FAILED_CODE), chunk(signed(BASH), "It."),
+            chunk(finish="STOP", groundingMetadata=GROUNDING, usage=TOKENS)], tools=[TOOL], **THINK)
+        direct = {"caller": {"type": "direct"}}
+        ran = {"type": "code_execution_result", "stdout": "2", "stderr": "", "return_code": 0,
+               "content": []}
+        self.assertEqual(message["content"], [
+            {"type": "thinking", "thinking": "T", "signature": proxy.THOUGHT_MARK},
+            dict(direct, type="server_tool_use", id="srvtoolu_1", name="code_execution",
+                 input={"code": "1+1"}),
+            dict(direct, type="code_execution_tool_result", tool_use_id="srvtoolu_1", content=ran),
+            dict(direct, type="server_tool_use", id="srvtoolu_2", name="code_execution",
+                 input={"code": ""}),
+            dict(direct, type="code_execution_tool_result", tool_use_id="srvtoolu_2", content=dict(
+                ran, stdout="", stderr="OUTCOME_FAILED", return_code=1)),
+            {"type": "thinking", "thinking": "", "signature": proxy.CALL_MARK + SIGNATURE},
+            dict(direct, type="tool_use", id="toolu_3", name="Bash", input={"command": "ls"}),
+            {"type": "text", "text": "It.", "citations": [
+                {"type": "web_search_result_location", "url": url, "title": title,
+                 "cited_text": "It.", "encrypted_index": ""}
+                for url, title in (("https://a.org", "A"), ("https://b.org", "B"))]},
+            dict(direct, type="server_tool_use", id="srvtoolu_4", name="web_search",
+                 input={"query": "q1; q2"}),
+            dict(direct, type="web_search_tool_result", tool_use_id="srvtoolu_4", content=[
+                {"type": "web_search_result", "url": url, "title": title, "page_age": None,
+                 "encrypted_content": ""}
+                for url, title in (("https://a.org", "A"), ("https://b.org", "B"))])])
+        self.assertEqual({name: message[name] for name in message if name != "content"}, dict(
+            MESSAGE, stop_reason="tool_use", context_management={"applied_edits": []}, usage=dict(
+                NO_USAGE, input_tokens=60100, cache_read_input_tokens=40000, output_tokens=1500,
+                output_tokens_details={"thinking_tokens": 500},
+                server_tool_use={"web_search_requests": 2, "web_fetch_requests": 0})))
 
     def test_keep_alive_adds_nothing_to_the_message(self):
         emitter = proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None)
@@ -2270,8 +2421,6 @@ def shown(case):
 
 # ---- 10. State, delivery and the program's structure ----------------------------------------
 DAY, NEXT_YEAR, PRO_31 = "2026-11-21", "2027-01-01", "gemini-3.1-pro-preview"
-TOKENS = {"promptTokenCount": 100000, "cachedContentTokenCount": 40000, "thoughtsTokenCount": 500,
-          "candidatesTokenCount": 1000, "toolUsePromptTokenCount": 100}
 PRICE_CASES = (  # model, day, changes of TOKENS, dollars; with PRICES="llama*=1/2,x=1/2/0"
     (FLASH, "2026-12-31", {}, 0.75 * 0.0601 + 0.075 * 0.04 + 3.75 * 0.0015),
     (FLASH, NEXT_YEAR, {}, 1.5 * 0.0601 + 0.15 * 0.04 + 7.5 * 0.0015),
