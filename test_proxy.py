@@ -1439,7 +1439,7 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
         *[{"type": "image", "source": {"type": "url", "url": url}} for url in MEDIA_URLS],
         {"type": "document", "source": {"type": "url", "url": "https://x.org/a"}})),
         user(*[{"fileData": {"mimeType": mime, "fileUri": url}}
-               for url, mime in dict(MEDIA_URLS, **{"https://x.org/a": "application/pdf"}).items()])),
+               for url, mime in (*MEDIA_URLS.items(), ("https://x.org/a", "application/pdf"))])),
     becomes("data URLs and media without a type", request(asks(
         {"type": "image", "source": {"type": "url", "url": "data:image/webp;base64,UklGRgAA"}},
         {"type": "image", "source": {"type": "base64", "data": "AAAA"}},
@@ -1457,8 +1457,9 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
             {"type": "web_search_result", "title": "A", "url": "https://a"}, {"title": "B"}]},
         {"type": "mcp_tool_result", "content": [{"x": 1}]},
         {"type": "redacted_thinking", "data": "x"}), "go"),
-        user("a"), model('[web_search: {"query": "q"}]', "Sources found:\n- A: https://a\n- B: None",
-                         '[mcp_tool_result: [{"x": 1}]]'), user("go")),
+        user("a"),
+        model('[web_search: {"query": "q"}]', "Sources found:\n- A: https://a\n- B: None",
+              '[mcp_tool_result: [{"x": 1}]]'), user("go")),
     becomes("only the last system message of its turn stays",
             request("a", system("gone", clear_at="next_user_message"), says("x"), "b",
                     system("kept", clear_at="next_user_message")),
@@ -1518,7 +1519,7 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
      {"tools": [{"functionDeclarations": [
          {"name": "bash", "description": "Run a command in a persistent bash session.",
           "parametersJsonSchema": proxy.CLIENT_TOOLS["bash_"][1]},
-         BASH_DECLARED[0]["functionDeclarations"][0]]}, {"urlContext": {}}, {"codeExecution": {}}]}),
+         *BASH_DECLARED[0]["functionDeclarations"]]}, {"urlContext": {}}, {"codeExecution": {}}]}),
     *[("tool_choice: " + kind, request(tools=[tool("A")], tool_choice={"type": kind, "name": name}),
        {"tools": declared("A"), "toolConfig": expected and {"functionCallingConfig": expected}})
       for kind, name, expected in (
@@ -1867,8 +1868,9 @@ class Schemas(unittest.TestCase):
 
     def test_limits_of_values_can_be_left_out(self):
         limits = dict(S, enum=["a"], pattern="a", minLength=1, maxLength=2)
+        items = dict(INT, minimum=1, maximum=2)
         schema = an_object("enum", enum=limits, a={
-            "type": "array", "minItems": 1, "maxItems": 2, "items": dict(INT, minimum=1, maximum=2)})
+            "type": "array", "minItems": 1, "maxItems": 2, "items": items})
         body = proxy.to_gemini(request(tools=[tool("t", input_schema=schema)]), FLASH, CONFIG).body
         plain = an_object("enum", enum=S, a={"type": "array", "items": INT})
         self.assertEqual(proxy.with_plain_tools(body)["tools"], declared("t", schema=plain))
@@ -1986,7 +1988,55 @@ RESPONSE_CASES = (  # name, chunks, blocks, stop_reason
                  finish="STOP")], "a"),
     ("a call without arguments", [chunk({"functionCall": {"name": "Bash"}}, finish="STOP")],
      [("tool_use", ("Bash", {}))], "tool_use"),
+    texts("a file", [chunk({"fileData": {"mimeType": "image/png", "fileUri": "https://f"}},
+                           finish="STOP")], "![image/png](https://f)"),
+    texts("a reason that is none", [chunk("a", finish="FINISH_REASON_UNSPECIFIED")], "a"),
+    texts("a reason by number", [chunk("a", finish=3, finishMessage="Why.")],
+          "a\n\n[The model stopped this answer: SAFETY. Why.]", "refusal"),
+    *[texts("the reason %d, which nobody knows" % number, [chunk("a", finish=number)],
+            "a\n\n[The model stopped this answer: OTHER.]") for number in (14, -1)],
+    texts("a call of a tool that is none", [chunk("a", finish="UNEXPECTED_TOOL_CALL")],
+          "a\n\n[The model called a tool that was not offered.]"),
+    texts("an answer to be continued", [chunk("a", finish="CONTINUATION")], "a", "max_tokens"),
+    texts("white space", [chunk("  "), chunk(finish="STOP")],
+          "  \n\n[The model gave an empty answer.]"),
+    ("a thought and nothing else", [chunk(thought("T"), finish="STOP")],
+     [("thinking", "T"), ("text", "[The model gave an empty answer.]")], "end_turn"),
+    ("two signed thoughts", [chunk(signed(thought("T")), signed(thought("U"), "eHg=")),
+                             chunk("a", finish="STOP")],
+     [("thinking", "T"), ("thinking", "U"), ("text", "a")], "end_turn"),
+    ("sources of other kinds, and supports of none",
+     [chunk("a", finish="STOP", groundingMetadata={
+         "groundingChunks": [{"retrievedContext": {"uri": "u", "title": "t"}},
+                             {"maps": {"uri": "m"}}, {}],
+         "groundingSupports": [{"groundingChunkIndices": [0, 9, "x"]}, {"segment": None}]})],
+     [("text", "a"), ("server_tool_use", ("web_search", {"query": ""})),
+      ("web_search_tool_result", [
+          {"type": "web_search_result", "url": url, "title": title, "encrypted_content": "",
+           "page_age": None} for url, title in (("u", "t"), ("m", "m"), ("", ""))])], "end_turn"),
+    *[("a call of %s" % name, [chunk({"functionCall": {"name": name}}, finish="STOP")],
+       [("tool_use", (shown, {}))], "tool_use")
+      for name, shown in (("BASH", "Bash"), ("x.bash", "Bash"), ("other", "other"))],
 )
+
+
+def one_of(*schemas):
+    return {"anyOf": list(schemas)}
+
+
+FLAG = {"type": "boolean"}
+WITH_FLAG = {"type": "object", "properties": {"b": FLAG}}
+INTEGERS = {"type": "array", "items": INT}
+ARGUMENT_CASES = (  # schema of an argument, what the model sends, what the client gets
+    (FLAG, "true", True), (FLAG, "yes", "yes"), (INT, "5.0", 5), (INT, "5.5", "5.5"),
+    (INT, 5.0, 5), (INT, 5.5, 5.5), (INT, 1e300, 1e300), ({"type": "number"}, 5, 5),
+    ({"type": "number"}, "1e2", 100.0), (WITH_FLAG, {"b": "true"}, {"b": True}),
+    (WITH_FLAG, "{}", {}), (INTEGERS, ["1", "x"], [1, "x"]), (INTEGERS, "[1]", [1]),
+    ({"type": "array"}, ["1"], ["1"]), (S, True, "true"), (S, 1.5, "1.5"), (S, [1], [1]),
+    (S, "5", "5"), ({"type": ["integer", "null"]}, "null", None),
+    (dict(S, enum=["", "a"]), "", ""), (one_of(S, INT), 5, 5), ({"oneOf": [INT, FLAG]}, "5", 5),
+    (one_of(S, {}), 5, 5), (one_of(S, 5), 5, 5), ({"$ref": "#/a"}, 5, 5),
+    ({"allOf": [S]}, 5, 5), (5, "", ""), (INT, "[" * 9000, "[" * 9000))
 
 
 def cut(chunks, rng):
@@ -2139,6 +2189,20 @@ class Answers(unittest.TestCase):
                 output_tokens_details={"thinking_tokens": 500},
                 server_tool_use={"web_search_requests": 2, "web_fetch_requests": 0})))
 
+    def test_arguments_are_made_to_fit_the_tools_schema(self):
+        for schema, sent, expected in ARGUMENT_CASES:
+            with self.subTest(schema, sent=str(sent)[:50]):
+                found = proxy.repair_arguments({"a": sent}, {"properties": {"a": schema}})
+                self.assertEqual(repr(found), repr({"a": expected}))
+
+    def test_arguments_that_say_nothing_stay_where_they_are_wanted_or_not_known(self):
+        for schema, args, expected in (
+                ({"properties": {"a": S}, "required": ["a"]}, {"a": None}, {"a": None}),
+                ({"properties": {"a": S}}, {"a": None, "z": None}, {"z": None}),
+                ({"properties": 5}, {"a": None}, {"a": None}), ([], {"a": ""}, {"a": ""})):
+            with self.subTest(schema):
+                self.assertEqual(proxy.repair_arguments(args, schema), expected)
+
     def test_keep_alive_adds_nothing_to_the_message(self):
         emitter = proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None)
         events = emitter.start() + emitter.keep_alive()
@@ -2197,6 +2261,43 @@ ERROR_CASES = (  # upstream status, body, status, type, how the message starts, 
     (503, [error_body(503, "The model is overloaded.")], 529, "overloaded_error",
      "Gemini is overloaded: The model is overloaded.", {}),
     (504, error_body(504, "Deadline"), 504, "timeout_error", "Gemini did not answer in time", {}),
+    (402, error_body(402, "M."), 402, "billing_error", "Gemini requires payment: M.", FINAL),
+    (401, error_body(401, "M."), 403, "permission_error", REFUSED_KEY + "M. (see GEMINI_API_KEY in",
+     FINAL),
+    *[(status, error_body(status, "M."), 504, "timeout_error", "Gemini did not answer in time: M.",
+       {}) for status in (408, 499)],
+    *[(status, error_body(status, "M."), 529, "overloaded_error", "Gemini is overloaded: M.", {})
+      for status in (502, 529)],
+    (409, error_body(409, "M."), 409, "conflict_error", "Gemini answered 409: M.", {}),
+    (413, error_body(413, "M."), 413, "request_too_large", "Gemini answered 413: M.", {}),
+    *[(status, error_body(status, "M."), 400, "invalid_request_error",
+       "Gemini answered %d: M." % status, {}) for status in (418, 501)],
+    *[(400, body, 400, "invalid_request_error", "Gemini answered 400: " + shown, {})
+      for body, shown in (({"error": "M."}, "M."), ([{"error": "M."}], "M."), ("M.", "M."),
+                          ({"message": "M."}, "M."), ([], "no reason given"), (5, "5"),
+                          ({"error": {"code": 5}}, "no reason given"))],
+    invalid("Document has no pages.", "could not process pdf: "),
+    invalid("M.", "could not process image: M.", details=[{"detail": "Invalid: source image"}]),
+    *[limit("Gemini's rate limit: ", {"retry-after": seconds}, message) for message, seconds in (
+        ("Please try again in 1h2m3s.", "3723"), ("retry in 500ms", "1"),
+        ("retry in 2m30.5s", "151"), ("limit: 0, limit: 5", "10"),
+        (error_body(429, "M.", details=[{"retryDelay": "1.5s"}]), "2"))],
+    limit("This key's plan", FINAL, error_body(429, "M.", details=[
+        {"metadata": {"quota_limit_value": "0"}}, {"metadata": {}}])),
+    limit("The daily quota", FINAL, "100 requests per day"),
+    limit("The daily quota", FINAL, error_body("insufficient_quota", "M.")),
+    *[invalid(message, "prompt is too long: %d tokens > 100 maximum" % tokens)
+      for message, tokens in (
+          ("maximum context length is 100 tokens. However, your messages have 120", 120),
+          ("maximum context length is 100 tokens, you requested 150 tokens (120 in the messages,"
+           " 30 in the completion)", 120),
+          ("request (200 tokens) exceeds the available context size (100", 200),
+          ("exceeded model token limit: 100", 101),
+          ("The prompt contains 200 tokens and is for a model with 100 maximum context", 200))],
+    invalid("maximum context length is 100 tokens. However, you requested 90 tokens",
+            "Gemini answered 400: maximum"),
+    (500, b"<title>T</title><script>s</script>Body <b>bold</b>", 500, "api_error",
+     "Gemini answered 500: Body bold", {}),
 )
 HEAD_CASES = (  # an HTTP head, its fields; None: only an upstream's is read; or ValueError
     (b"A: 1\r\nb:2\t\r\nA:  3 \r\nC:\r\n\r\nbody", {"a": "1, 3", "b": "2", "c": ""}),
@@ -2235,6 +2336,35 @@ class Wire(unittest.TestCase):
                 self.assertTrue(error.message.startswith(message), error.message)
                 self.assertNotIn("\n", error.message)
                 self.assertNotIn("AIza", error.message)
+
+    def test_only_what_may_pass_by_itself_is_transient(self):
+        for status, expected in ((400, False), (402, False), (404, False), (408, True),
+                                 (429, False), (500, True), (501, False), (503, True), (504, True)):
+            error = proxy.upstream_error(status, error_body(status, "M."))
+            self.assertIs(error.transient, expected, status)
+
+    def test_an_error_without_a_model_tells_what_upstream_says(self):
+        for name, model_, expected in (("Gemini", "", "M."), ("OpenRouter", "x", "model: x (M.)")):
+            error = proxy.upstream_error(404, error_body(404, "M."), model_, name=name)
+            self.assertEqual((error.status, error.message), (404, expected))
+
+    def test_long_keys_are_left_out_of_an_error(self):
+        error = proxy.upstream_error(400, error_body(400, "12345678 1234567 x"),
+                                     keys=("12345678", "1234567", "x"))
+        self.assertEqual(error.message, "Gemini answered 400: [key] 1234567 x")
+
+    def test_the_body_of_an_error_has_the_code_if_there_is_one(self):
+        for code, more in (("", {}), ("c", {"details": {"error_code": "c"}})):
+            self.assertEqual(proxy.ProxyError(402, "M.", code=code).body("req_1"), {
+                "type": "error", "request_id": "req_1",
+                "error": dict({"type": "billing_error", "message": "M."}, **more)})
+
+    def test_headers_of_an_error_tell_whether_and_when_to_ask_again(self):
+        for again, after, expected in (
+                (None, None, {}), (True, 0, {"retry-after": "1", "x-should-retry": "true"}),
+                (False, 2.1, {"retry-after": "3", "x-should-retry": "false"})):
+            error = proxy.ProxyError(429, "M.", retry_after=after, should_retry=again)
+            self.assertEqual(error.headers(), expected)
 
     def test_sse_comes_through_however_it_is_cut(self):
         records = [{"a": "ü\r\n\n"}, {"b": [1, 2]}, {"error": {"code": 503}}]
