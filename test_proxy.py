@@ -4828,7 +4828,97 @@ OPENAI_CASES = (  # name, dialect, request, the fields that the body must have
      {"messages": [{"role": role, "content": [dict(text(content),
                                                    cache_control={"type": "ephemeral"})]}
                    for role, content in (("system", "s"), ("user", "a"))]}),
+    ("all that OpenAI's own server takes", "openai", request(
+        "go", says("I look.", uses("t" * 50)), results("t" * 50), system="S", tools=[TOOL],
+        tool_choice={"type": "any"}, top_p=0.5, temperature=1, stop_sequences=["x"], top_k=3,
+        output_config={"effort": "xhigh"}, **THINK),
+     {"messages": [{"role": "system", "content": "S"}, GO,
+                   {"role": "assistant", "content": "I look.",
+                    "tool_calls": [chat_call(hashed("t" * 50))]},
+                   {"role": "tool", "tool_call_id": hashed("t" * 50), "content": "r " + "t" * 50}],
+      "tools": [{"type": "function", "function": {
+          "name": "Bash", "description": "Run it.",
+          "parameters": proxy.to_gemini_schema(TOOL["input_schema"])}}],
+      "model": "claude-sonnet-5", "max_completion_tokens": 1000, "max_tokens": None, "top_p": 0.5,
+      "temperature": 1, "top_k": None, "stop": ["x"], "reasoning_effort": "high",
+      "tool_choice": "required", "parallel_tool_calls": None,
+      "prompt_cache_key": proxy.short_hash("go")}),
+    ("an image at a URL", "openrouter", request(asks(
+        {"type": "image", "source": {"type": "url", "url": "https://x.org/a.png"}})),
+     {"messages": [{"role": "user", "content": [
+         {"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]}],
+      "plugins": None, "tools": None}),
+    ("a PDF at a URL where nobody reads it", "other", request(asks(
+        {"type": "document", "source": {"type": "url", "url": "https://x.org/a"}})),
+     {"messages": [{"role": "user", "content":
+                    "[A document (application/pdf, https://x.org/a) that this server cannot read.]"
+                    }]}),
+    ("a search where nobody searches", "other", request(tools=[WEB_SEARCH]),
+     {"plugins": None, "tools": None}),
+    ("a search beside tools", "openrouter", request(tools=[WEB_SEARCH, TOOL]), {"plugins": None}),
+    *[("tool_choice: " + kind, "other", request(tools=[TOOL], tool_choice={
+        "type": kind, "name": "gone"}), {"tool_choice": expected})
+      for kind, expected in (("auto", "auto"), ("none", "none"), ("tool", None))],
+    *[("reasoning: %s" % fields, "openrouter", request(max_tokens=5000, **fields),
+       {"reasoning": expected}) for fields, expected in (
+          (THINK, {"enabled": True}), (dict(THINK, **MAX_EFFORT), {"effort": "high"}),
+          ({"thinking": {"type": "enabled", "budget_tokens": 9}}, {"max_tokens": 1024}),
+          ({"thinking": {"type": "enabled", "budget_tokens": 9999}}, {"max_tokens": 3976}))],
+    ("an effort without thinking", "other", request(output_config={"effort": "low"}),
+     {"reasoning_effort": None}),
 )
+COUNTS = {"promptTokenCount": 0, "candidatesTokenCount": 0, "thoughtsTokenCount": 0,
+          "cachedContentTokenCount": 0}
+USAGE_CASES = (  # usage, how it differs from COUNTS; None: nothing is said
+    (USAGE, {"promptTokenCount": 100, "candidatesTokenCount": 20, "thoughtsTokenCount": 10,
+             "cachedContentTokenCount": 40, "cost": 0.25}),
+    ({"prompt_tokens": 100, "completion_tokens": 30, "total_tokens": 140,
+      "completion_tokens_details": {"reasoning_tokens": 10}},
+     {"promptTokenCount": 100, "candidatesTokenCount": 30, "thoughtsTokenCount": 10}),
+    ({"completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 10}},
+     {"candidatesTokenCount": 5, "thoughtsTokenCount": 10}),
+    ({"prompt_cache_hit_tokens": 7}, {"cachedContentTokenCount": 7}),
+    ({"cost": 0.5, "is_byok": True, "cost_details": {"upstream_inference_cost": 2}}, {"cost": 2.5}),
+    ({"cost": 0.5, "cost_details": {"upstream_inference_cost": 2}}, {"cost": 0.5}),
+    ({}, None), (None, None), (5, None))
+DETAILS = [{"type": "reasoning.text", "text": "a", "index": 0, "id": None},
+           {"type": "reasoning.text", "text": "b", "index": 0, "id": "x"},
+           {"type": "reasoning.text", "text": "c", "index": 0, "id": "y"},
+           {"type": "reasoning.summary", "summary": "s", "index": 1},
+           {"type": "reasoning.summary", "summary": "t", "index": 1},
+           {"type": "reasoning.encrypted", "data": "d", "index": 1},
+           {"type": "reasoning.encrypted", "data": "e", "index": 1},
+           {"type": "reasoning.text", "text": "f", "signature": "S"},
+           {"type": "reasoning.text", "text": "g"}]
+JOINED = [{"type": "reasoning.text", "text": "ab", "index": 0, "id": "x"},
+          {"type": "reasoning.text", "text": "c", "index": 0, "id": "y"},
+          {"type": "reasoning.summary", "summary": "st", "index": 1}] + DETAILS[5:]
+BASH_CALL = {"functionCall": {"name": "Bash", "args": {}}}
+EXTRA = {"extra_content": {"google": {"thought_signature": "x"}}}
+PIECE_CASES = (  # name, chunks, the parts that they become; `kept` is what must be sent back
+    ("reasoning that goes with the first call",
+     [oa(reasoning_details=DETAILS), oa_call(0, "{}", "i", "Bash", **EXTRA),
+      oa_call(1, "{}", None, "Bash"), CALLS],
+     [thought("abcstfg"), dict(BASH_CALL, callId="aQ", kept=dict(EXTRA, reasoning_details=JOINED)),
+      BASH_CALL]),
+    ("reasoning that goes with a text", [oa(reasoning_details=DETAILS[:1]), A, STOP],
+     [thought("a"), {"text": "a"}, {"text": "", "kept": {"reasoning_details": DETAILS[:1]}}]),
+    ("reasoning of two fields", [oa(reasoning_content="r"), oa(reasoning_content="s"),
+                                 oa_call(0, "{}", "i", "Bash"), CALLS],
+     [thought("r"), thought("s"),
+      dict(BASH_CALL, callId="aQ", kept={"reasoning_content": "rs"})]),
+    ("reasoning that goes with nothing", [oa(reasoning_content="r"), A, STOP],
+     [thought("r"), {"text": "a"}]),
+    ("an image", [oa(content="a", images=[{"image_url": {"url": "u"}}]), STOP],
+     [{"text": "a"}, {"fileData": {"mimeType": "image", "fileUri": "u"}}]),
+    ("parts of which not all are texts",
+     [oa(content=[text("a"), {"type": "new", "text": "b"}]), STOP], [{"text": "a"}]),
+    ("another choice", [{"choices": [{"index": 1, "delta": {"content": "no"}},
+                                     {"index": 0, "delta": {"content": "a"}}]}, STOP],
+     [{"text": "a"}]),
+    ("a whole message", [{"choices": [{"message": {"content": "a", "tool_calls": [
+        {"id": "i", "function": {"name": "Bash", "arguments": '"{}"'}}]}}]}],
+     [{"text": "a"}, dict(BASH_CALL, callId="aQ")]))
 UPSTREAM_SETTINGS = {
     "g": {"gemini_api_key": "k"}, "r": {"openrouter_api_key": "k"}, "o": {"openai_api_key": "k"},
     "l": {"openai_api_base": "http://localhost:1/v1"}, "a": {"anthropic_api_key": "k"}}
@@ -4955,6 +5045,73 @@ class ChatCompletions(ProxyCase):
                 read = [reader.feed(c) for c in chunks] + reader.end()
                 message, _ = emitted(read, tools=[TOOL], **THINK)
                 self.assertEqual((summary(message), message["stop_reason"]), (expected, stop))
+
+    def test_pieces_become_exactly_these_parts(self):
+        for name, chunks, expected in PIECE_CASES:
+            with self.subTest(name):
+                reader = proxy.ChunksFromOpenAI("openrouter")
+                parts = [part for read in [reader.feed(c) for c in chunks] + reader.end()
+                         for part in read["candidates"][0]["content"]["parts"]]
+                for part in parts:
+                    if "thoughtSignature" in part:
+                        kept = part.pop("thoughtSignature")
+                        part["kept"] = proxy.kept_fields(kept, "openrouter")
+                self.assertEqual(parts, expected)
+
+    def test_usage_becomes_that_of_gemini(self):
+        for usage, expected in USAGE_CASES:
+            for place in (oa("stop", usage), {"choices": [{"delta": {}, "usage": usage}]}):
+                with self.subTest(place):
+                    read = proxy.ChunksFromOpenAI().feed(place)
+                    self.assertEqual(read.get("usageMetadata"),
+                                     None if expected is None else dict(COUNTS, **expected))
+
+    def test_citations_become_sources(self):
+        cited = {"url": "u", "title": "t", "content": "c"}
+        read = proxy.ChunksFromOpenAI().feed(oa(annotations=[
+            {"type": "new"}, {"type": "url_citation", "url_citation": cited},
+            {"type": "url_citation", "url_citation": {}}]))
+        self.assertEqual(read["candidates"][0]["groundingMetadata"], {
+            "groundingChunks": [{"web": {"uri": "u", "title": "t"}},
+                                {"web": {"uri": None, "title": None}}],
+            "groundingSupports": [{"groundingChunkIndices": [0], "segment": {"text": "c"}},
+                                  {"groundingChunkIndices": [1], "segment": {"text": ""}}]})
+
+    def test_each_finish_reason_has_gemini_s_name(self):
+        for reason, expected in (("eos", "STOP"), ("function_call", "STOP"), ("new", "NEW"),
+                                 ("model_length", "MAX_TOKENS")):
+            read = proxy.ChunksFromOpenAI().feed(oa(reason))
+            self.assertEqual(read["candidates"][0]["finishReason"], expected)
+
+    def test_thinking_of_our_own_does_not_go_to_anthropic(self):
+        theirs = {"type": "thinking", "thinking": "", "signature": "EqoBCkgIAR"}
+        ours = [dict(theirs, signature=mark + "x")
+                for mark in (proxy.CALL_MARK, proxy.THOUGHT_MARK)]
+        given = request("a", says(*ours), says(ours[0], "b", theirs), 5, says(5))
+        self.assertEqual(proxy.without_own_thoughts(given)["messages"], [
+            given["messages"][0], says(text("b"), theirs), 5, says(5)])
+        for odd in ({"a": 1}, {"messages": []}):
+            self.assertEqual(proxy.without_own_thoughts(odd), odd)
+
+    def test_a_limit_that_is_refused_moves_to_the_other_field_or_is_lowered(self):
+        for body, message, expected in (
+                ({"max_tokens": 5}, "max_tokens is unsupported", {"max_completion_tokens": 5}),
+                ({"max_completion_tokens": 5}, "max_completion_tokens: unknown", {"max_tokens": 5}),
+                ({"max_completion_tokens": 500}, "at most 100 tokens",
+                 {"max_completion_tokens": 100}),
+                ({"max_tokens": 9000}, "max_tokens must be less than or equal to `8192`",
+                 {"max_tokens": 8192})):
+            with self.subTest(message):
+                (_, changed), = proxy.openai_repairs(dict(body, messages=[]), message)
+                self.assertEqual(changed, dict(expected, messages=[]))
+
+    def test_media_that_are_refused_become_notes(self):
+        parts = [{"type": "image_url"}, {"type": "file"}, {"type": "text", "text": "t"}]
+        body = {"messages": [{"role": "user", "content": parts}]}
+        (_, changed), = proxy.openai_repairs(body, "content type: not supported")
+        self.assertEqual(changed, {"messages": [{"role": "user", "content": (
+            "[An image that this model cannot see.]\n\n[A document that this model cannot see.]"
+            "\n\nt")}]})
 
     def test_odd_usage_spoils_no_answer(self):
         unread = {"upstream_inference_cost": "x"}
