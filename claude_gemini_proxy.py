@@ -2847,6 +2847,9 @@ ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECT
                        "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
 
 
+CITATIONS_LIMIT = 500  # of one answer: each repeats its source
+
+
 class MessageEmitter:
     """Turns the chunks of one answer into the events of one message. One thread at a time. start()
     gives message_start; feed(chunks) what chunks add; finish() the end. Blocks are contiguous and
@@ -2860,11 +2863,12 @@ class MessageEmitter:
                  input_tokens: int = 0, edits_wanted: bool = False) -> None:
         self.requested_model, self.input_tokens = requested_model, input_tokens
         self._new_id, self._remember, self._edits_wanted = new_id, remember, edits_wanted
+        self._translation: Any = None
         self.adopt(translation or Translation(model_rule(""), lambda key: None))
         self.tool_uses: List[Json] = []            # the calls given out: id, name and input
         self.safeguard_results: List[Json] = []    # what the end of the message says of them
         self.answered = False        # a text or a call has been sent
-        self.calls = self.characters = 0
+        self.calls = self.characters = self._citations = 0
         self.usage: Json = {}
         self.spent: List[Json] = []  # the usage of answers that were empty
         self.finish_reason = self._finish_message = self._block_reason = ""
@@ -2879,6 +2883,10 @@ class MessageEmitter:
 
     def adopt(self, translation: Translation) -> None:
         """Read answers as answers to this request; a fallback model may have got another one."""
+        if translation is self._translation:
+            return
+        self._translation = translation
+        self._lower_names = {name.lower(): own for name, own in translation.names.items()}
         self._names, self._schemas = translation.names, translation.schemas
         self._session, self._thinking = translation.history.session, translation.thinking
         self._single_call = translation.single_call
@@ -3033,7 +3041,7 @@ class MessageEmitter:
         tool_use_id = self._new_id("toolu_") + ("_" + upstream_id if upstream_id else "")
         if signature:
             self._remember(tool_use_id, signature)
-        name = client_name(name, self._names)
+        name = client_name(name, self._names, self._lower_names)
         args = repair_arguments(args, self._schemas.get(name) or {})
         self._tool_use({"type": "tool_use", "id": tool_use_id, "name": name}, args)
         self.calls += 1
@@ -3086,9 +3094,10 @@ class MessageEmitter:
         return max(1, len(queries))
 
     def _cite(self, support: Json, sources: Sequence[Tuple[str, str]]) -> None:
-        cited = str((support.get("segment") or {}).get("text") or "")
+        cited = str((support.get("segment") or {}).get("text") or "")[:1000]
         for i in support.get("groundingChunkIndices") or ():
-            if isinstance(i, int) and 0 <= i < len(sources):
+            if isinstance(i, int) and 0 <= i < len(sources) and self._citations < CITATIONS_LIMIT:
+                self._citations += 1
                 url, title = sources[i]
                 self._delta({"type": "citations_delta", "citation": {
                     "type": "web_search_result_location", "url": url, "title": title,
@@ -3145,7 +3154,7 @@ def full_usage(usage: Json, estimate: int, searches: int = 0) -> Json:
 def web_source(chunk: Json) -> Tuple[str, str]:
     """A groundingChunk -> (URL, title)"""
     web = chunk.get("web") or chunk.get("retrievedContext") or chunk.get("maps") or {}
-    return str(web.get("uri") or ""), str(web.get("title") or "")
+    return str(web.get("uri") or "")[:2000], str(web.get("title") or "")[:300]
 
 
 def finish_name(reason: Any) -> str:
@@ -3173,31 +3182,53 @@ def stop_reason(finish_reason: str, called: bool) -> Tuple[str, str]:
     return STOP_REASONS.get(finish_reason, "end_turn"), note
 
 
-def client_name(name: str, names: Mapping[str, str]) -> str:
+def client_name(name: str, names: Mapping[str, str], lower_names: Mapping[str, str]) -> str:
     """A called function's name -> the client's tool name, also where the model wrote
-    `default_api:Bash` or another case than declared."""
+    `default_api:Bash` or another case than declared. `lower_names` are `names` in lower case."""
     if name in names:
         return names[name]
     bare = re.split(r"[:.]", name)[-1].lower()
-    return next((own for declared, own in names.items()
-                 if declared.lower() in (name.lower(), bare)), name)
+    return lower_names.get(name.lower()) or lower_names.get(bare) or name
 
 
-def repair_arguments(args: Json, schema: Json) -> Json:
+class Facts:
+    """What schemas say of their values, found once for each: an array may have 100,000 items."""
+
+    def __init__(self) -> None:
+        self._found: Dict[Tuple[Any, int], Any] = {}
+
+    def of(self, find: Callable[[Any], Any], schema: Any) -> Any:
+        key = find, id(schema)
+        if key not in self._found:
+            self._found[key] = find(schema)
+        return self._found[key]
+
+
+def required_names(schema: Json) -> Any:
+    return frozenset(filter(_is_text, _list(schema, "required")))
+
+
+def takes_empty(schema: Any) -> bool:
+    """Whether "" is a value of its own."""
+    return not isinstance(schema, dict) or "" in _values(schema)
+
+
+def repair_arguments(args: Json, schema: Json, facts: Optional[Facts] = None) -> Json:
     """Arguments of a call with what Gemini is known to get wrong set right, by the client's schema:
     optional ones that are null or "" are left out, scalars of the wrong type are converted."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return args
-    required = set(filter(_is_text, _list(schema, "required")))
+    facts = facts or Facts()
+    required = facts.of(required_names, schema)
     out = {}
     for name, value in args.items():
         prop = properties.get(name)
-        types = allowed_types(prop)
+        types = facts.of(allowed_types, prop)
         is_filler = (value is None and "null" not in types
-                     or value == "" and isinstance(prop, dict) and "" not in _values(prop))
+                     or value == "" and not facts.of(takes_empty, prop))
         if not (types and is_filler and name not in required):
-            out[name] = repair_value(value, prop, types) if types else value
+            out[name] = repair_value(value, prop, types, facts) if types else value
     return out
 
 
@@ -3212,15 +3243,15 @@ def allowed_types(schema: Any) -> List[str]:
     return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
-def repair_value(value: Any, schema: Json, types: Sequence[str]) -> Any:
+def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Facts) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
     kind = _json_type(value)
     if kind == "object" and "object" in types:
-        return repair_arguments(value, schema)
+        return repair_arguments(value, schema, facts)
     if kind == "array" and "array" in types:
         items = schema.get("items")
-        inner = allowed_types(items)
-        return [repair_value(item, items, inner) for item in value] if inner else value
+        inner = facts.of(allowed_types, items)
+        return [repair_value(item, items, inner, facts) for item in value] if inner else value
     if kind == "string" and "string" not in types:  # what it says, if that is of a right type
         try:
             said = json.loads(value)
@@ -3925,6 +3956,7 @@ def minute_sums(records: Sequence[Json]) -> Json:
 
 LOG_LINE_LIMIT = 10000  # characters
 HEAD_LIMIT = 1 << 16    # bytes of a request's or response's line and headers
+HEAD_LINES = 200        # so many headers take more memory than bytes
 INTERIM_LIMIT = 10      # 1xx responses before the final one
 ANSWER_LIMIT = 1 << 26  # bytes of an upstream's answer, and so of a line in it
 
@@ -3970,7 +4002,7 @@ def read_head(file: Any) -> List[bytes]:
     Raises ValueError if it is longer than HEAD_LIMIT or ends too early.
     """
     lines, left = [], HEAD_LIMIT
-    while left > 0:
+    while left > 0 and len(lines) <= HEAD_LINES:
         line = file.readline(left)
         left -= len(line)
         if line in (b"\r\n", b"\n"):
@@ -3978,7 +4010,7 @@ def read_head(file: Any) -> List[bytes]:
         if not line.endswith(b"\n") and left > 0:
             raise ValueError("it ends too early")
         lines.append(line)
-    raise ValueError("it is longer than %d bytes" % HEAD_LIMIT)
+    raise ValueError("it is longer than %d bytes or %d lines" % (HEAD_LIMIT, HEAD_LINES))
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
@@ -5363,15 +5395,16 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             self.reader.allow(self.idle_seconds)
-            while self.rfile.peek(1)[:1] in (b"\r", b"\n"):  # RFC 9112, 2.2: some send too many
-                self.rfile.read(1)
+            for _ in range(4):  # RFC 9112, 2.2: some send a line too many
+                if self.rfile.peek(1)[:1] in (b"\r", b"\n"):
+                    self.rfile.read(1)
             if not self.rfile.peek(1):
                 return
         except (ConnectionError, socket.timeout):
             return
         self.reader.allow(self.head_seconds)
         super().handle_one_request()
-        self.stream = None  # an idle connection holds nothing of its last request
+        self.stream, self.headers = None, {}  # an idle connection holds nothing of its request
         self.server.connections.wait(self.connection)
 
     def parse_request(self) -> bool:
