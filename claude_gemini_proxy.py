@@ -352,13 +352,13 @@ def parse_secret(value: str) -> str:
 parse_host = matching(r"(?=.{1,253}$)(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}(?:\.(?!$)|$))+"
                       r"|(?=.{2,45}$)[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}",
                       "be a host name or an IP address")
-parse_url = matching(r"https?://[^/?#@\s]+(/[^?#@\s]*)?",
+parse_url = matching(r"https?://(?:\[[0-9A-Fa-f:]+\]|[^/?#@\[\]\s]+)(/[^?#@\s]*)?",
                      "look like https://host/v1beta, with http or https and a version",
                      lambda url: url.rstrip("/"))
 parse_bool = matching("(?i)1|true|yes|on|0|false|no|off", "be true or false",
                       lambda value: value.lower() in ("1", "true", "yes", "on"))
-parse_seconds = matching(r"(?=.*[1-9])[0-9]{1,7}(\.[0-9]{1,6})?",
-                         "be a number of seconds above 0", float)
+parse_seconds = matching(r"(?=[0-9]*[1-9]|0*\.[1-9])[0-9]{1,7}(\.[0-9]{1,6})?",
+                         "be a number of seconds, at least 0.1", float)
 parse_usd = matching(r"[0-9]{1,7}(\.[0-9]{1,6})?", "be an amount in USD, like 5 or 0.5", float)
 
 
@@ -498,7 +498,8 @@ class Config:
     max_body_bytes: int = setting(32 << 20, "largest request body", whole(1))
     max_connections: int = setting(512, "connections served at once; one more gets a 529", whole(1))
     safeguards_model: str = setting(
-        "", "model that judges the tool calls of Claude Code's auto mode (empty: nobody does)")
+        "", "model that judges the tool calls of Claude Code's auto mode (empty: nobody does)",
+        dotenv=False)
     safeguards_timeout: float = setting(
         30.0, "seconds that a judgement may take", parse_seconds)
     store: str = setting("", "false: ask the Gemini API not to keep the requests",
@@ -524,9 +525,12 @@ class Config:
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
                              "or leave HOST at 127.0.0.1" % SECRETS.sub("[key]", self.host))
-        for name in self.fallback_models + (self.big_model, self.safeguards_model):
+        targets = [target for _, target in self.model_map] + [
+            self.big_model, self.safeguards_model, self.default_gemini_model, self.small_model,
+            self.opus_model, self.sonnet_model, self.anthropic_model, *self.fallback_models]
+        for name in filter(None, targets):
             try:
-                route_to(name or "gemini", self)
+                route_to(name, self)
             except ProxyError as error:  # no request could be answered
                 raise ValueError(error.message) from None
 
@@ -729,8 +733,9 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
 
     Raises ValueError with one line that names the setting and what it must be.
     """
-    check_dotenv(dict(environ, CLIENT_KEYS=flags.get("client_keys")
-                      or environ.get("CLIENT_KEYS", "")), dotenv)
+    from_flags = {row.name.upper(): flags[row.name] for row in dataclasses.fields(Config)
+                  if flags.get(row.name)}
+    check_dotenv({**environ, **from_flags}, dotenv)
     values = {}
     for row in dataclasses.fields(Config):
         sources = [(flag_of(row), flags.get(row.name), str)]
@@ -750,8 +755,9 @@ def read_setting(row: dataclasses.Field, name: str, text: Optional[str], read: R
     try:
         value = read(text).strip() if text else ""
         return row.metadata["parse"](value) if value else None
-    except ValueError as exc:
-        reason = "is not valid JSON" if isinstance(exc, json.JSONDecodeError) else exc
+    except (ValueError, RecursionError) as exc:
+        is_json = isinstance(exc, (json.JSONDecodeError, RecursionError))
+        reason = "is not valid JSON" if is_json else exc
         # a long one may be a key, or hold a password
         shown = ", not %r" % text if len(text) <= 20 and not row.metadata["secret"] else ""
         raise ValueError("%s %s%s" % (name, reason, shown)) from None
@@ -778,23 +784,48 @@ def is_one_slip(given: str, meant: str) -> bool:
     return False
 
 
+KEYS_AND_BASES = {
+    "gemini": ("gemini_api_key", "gemini_token_command", "client_keys", "gemini_api_base"),
+    "openai": ("openai_api_key", "openai_api_base"), "openrouter": ("openrouter_api_key",),
+    "anthropic": ("anthropic_api_key",)}
+
+
 def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
-    """A .env may come with somebody else's repository: it names no command to run and no file to
-    write, and no place to send a key to that is not from the same .env."""
-    rows = {row.name: row for row in dataclasses.fields(Config)}
-    for name, row in rows.items():
-        if name.upper() in dotenv and not row.metadata["dotenv"]:
-            raise ValueError("%s is not taken from .env: set it in the environment" % name.upper())
+    """A .env may come with somebody else's repository: it names no command to run, no file to
+    write and no judge of auto mode, opens no port, and sends no conversation elsewhere than the
+    environment does: neither to another address, nor with somebody else's key."""
+    for row in dataclasses.fields(Config):
+        if row.name.upper() in dotenv and not row.metadata["dotenv"]:
+            raise ValueError("%s is not taken from .env: set it in the environment"
+                             % row.name.upper())
     for name, text in given(("host",), dotenv):
         if not is_loopback(text):
             raise ValueError("%s in .env may only be a loopback address: set it in the environment"
                              % name)
-    keys = list(given(("gemini_api_key", "gemini_token_command", "client_keys", "openai_api_key",
-                       "openrouter_api_key", "anthropic_api_key"), environ))
-    bases = list(given(("gemini_api_base", "openai_api_base"), dotenv))
-    if keys and bases:
-        raise ValueError("%s is in .env, but %s is not: put both in one place"
-                         % (bases[0][0], keys[0][0]))
+    for name, text in given(("host",), environ):
+        if not is_loopback(text) and not environ.get("PROXY_AUTH_TOKEN"):
+            refuse_pair(dotenv, ("PROXY_AUTH_TOKEN",), name)
+    check_dotenv_upstreams(environ, dotenv)
+
+
+def check_dotenv_upstreams(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
+    """Where the environment has a key or an address, .env names no other place to send to."""
+    in_use = {upstream: next((name for name, _ in given(names, environ)), "")
+              for upstream, names in KEYS_AND_BASES.items()}
+    first = next(filter(None, in_use.values()), "")
+    refuse_pair(dotenv, ("UPSTREAM",), first)
+    for upstream, names in KEYS_AND_BASES.items():
+        moves = [name for name, _ in given(names, dotenv) if name != "CLIENT_KEYS"]
+        bases = [name for name in moves if name.endswith(("BASE", "URL", "ENDPOINT"))]
+        refuse_pair(dotenv, bases if in_use[upstream] else moves, first)
+        refuse_pair(dotenv, bases, "CLIENT_KEYS" if dotenv.get("CLIENT_KEYS") else "")
+
+
+def refuse_pair(dotenv: Mapping[str, str], names: Sequence[str], other: str) -> None:
+    """Raise ValueError if .env names one of these while the environment names the other."""
+    found = [name for name in names if dotenv.get(name)]
+    if found and other:
+        raise ValueError("%s is in .env, but %s is not: put both in one place" % (found[0], other))
 
 
 def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Iterator[Tuple[str, str]]:
@@ -802,7 +833,7 @@ def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Iterator[Tuple
     for row in dataclasses.fields(Config):
         for name, read in environment_names(row) if row.name in settings else ():
             text = mapping.get(name) or ""
-            with contextlib.suppress(ValueError):  # told where the setting is read
+            with contextlib.suppress(ValueError, RecursionError):  # told where it is read
                 text = read(text) if text else ""
             if text:
                 yield name, text
@@ -1755,6 +1786,7 @@ def declared_tools(tools: Sequence[Json], t: Translation,
     """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
     functions: List[Tuple[Json, Json]] = []
     built_in: List[str] = []
+    dropped: List[str] = []
     for tool in tools:
         kind = tool.get("type") or "custom"
         own, known = by_prefix(SERVER_TOOLS, kind), by_prefix(CLIENT_TOOLS, kind)
@@ -1766,8 +1798,10 @@ def declared_tools(tools: Sequence[Json], t: Translation,
             functions.append((declare(tool), tool))
             t.schemas[tool["name"]] = tool.get("input_schema")
         else:
-            t.notes.append("dropped the tool %s: unknown type %s"
-                           % (tool["name"][:100], kind[:100]))
+            dropped.append("%s (%s)" % (tool["name"][:100], kind[:100]))
+    if dropped:
+        t.notes.append("dropped %d tools of unknown types: %s"
+                       % (len(dropped), ", ".join(dropped[:3])))
     if functions and built_in and t.rule.generation < 3:
         t.notes.append("dropped %s: the model takes it only without functions"
                        % ", ".join(built_in))
@@ -4285,7 +4319,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
     An idle connection is dropped before the server would (nginx: 60 s and more).
     """
 
-    IDLE_SECONDS, IDLE_LIMIT = 50.0, 64
+    IDLE_SECONDS, IDLE_LIMIT = 50.0, 64  # the limit is for all places together
 
     def __init__(self, secure: bool) -> None:
         # One context for the process, as loading the CAs takes 15 ms; without HTTPS an empty one,
@@ -4294,7 +4328,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
                      else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
         super().__init__(context=self._tls)
         self._lock = threading.Lock()  # protects _idle
-        self._idle: Dict[Tuple, List[Tuple[Any, float]]] = {}
+        self._idle: "OrderedDict[Any, Tuple[Tuple, float]]" = OrderedDict()  # oldest first
 
     http_request = urllib.request.AbstractHTTPHandler.do_request_  # as HTTPHandler has it
 
@@ -4336,11 +4370,11 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         return self._open(request, connect)
 
     def _take(self, place: Tuple) -> Any:
-        """The idle connection that was used last, or None."""
+        """The idle connection to a place that was used last, or None."""
         with self._lock:
-            idle = self._idle.get(place, [])
-            while idle:
-                connection, since = idle.pop()
+            for connection in [each for each, idle in reversed(list(self._idle.items()))
+                               if idle[0] == place]:
+                _, since = self._idle.pop(connection)
                 if time.monotonic() - since < self.IDLE_SECONDS and not is_ready(connection.sock):
                     return connection
                 connection.close()
@@ -4348,19 +4382,18 @@ class ConnectionPool(urllib.request.HTTPSHandler):
 
     def _give(self, place: Tuple, connection: Any) -> None:
         with self._lock:
-            idle = self._idle.setdefault(place, [])
-            idle.append((connection, time.monotonic()))
-            if len(idle) > self.IDLE_LIMIT:
-                idle.pop(0)[0].close()
+            self._idle[connection] = place, time.monotonic()
+            if len(self._idle) > self.IDLE_LIMIT:
+                self._idle.popitem(last=False)[0].close()
 
     def close_idle(self, seconds: float = 0.0) -> None:
         """Close connections that have been idle for so long."""
         oldest = time.monotonic() - seconds
         with self._lock:
-            expired = [item for idle in self._idle.values() for item in idle if item[1] <= oldest]
-            self._idle = {place: [item for item in idle if item[1] > oldest]
-                          for place, idle in self._idle.items()}
-        for connection, _ in expired:
+            expired = [each for each, idle in self._idle.items() if idle[1] <= oldest]
+            for connection in expired:
+                del self._idle[connection]
+        for connection in expired:
             connection.close()
 
 
@@ -4840,16 +4873,16 @@ class Gemini(Upstream):
     def _run_command(self, exchange: Exchange) -> str:
         status, deadline = None, time.monotonic() + self.COMMAND_SECONDS
         try:
-            with subprocess.Popen(command_words(self._config.gemini_token_command),
-                                  stdout=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-                while True:
-                    try:
-                        output = process.communicate(timeout=0.5)[0]
-                        break
-                    except subprocess.TimeoutExpired:
-                        if exchange.disconnected.is_set() or time.monotonic() > deadline:
-                            process.kill()
-            status = process.returncode
+            process = subprocess.Popen(
+                command_words(self._config.gemini_token_command), stdout=subprocess.PIPE,
+                stdin=subprocess.DEVNULL, start_new_session=os.name != "nt")
+            while status is None:
+                try:
+                    output = process.communicate(timeout=0.5)[0]
+                    status = process.returncode
+                except subprocess.TimeoutExpired:
+                    if exchange.disconnected.is_set() or time.monotonic() > deadline:
+                        status = kill_group(process)
             if status == 0:
                 return parse_secret(output[-10000:].decode().strip().rpartition("\n")[2])
             reason = "status %s" % status
@@ -4859,6 +4892,17 @@ class Gemini(Upstream):
         self._command_failed = time.monotonic(), ProxyError(
             500, "GEMINI_TOKEN_COMMAND failed: %s" % reason, should_retry=False)
         raise self._command_failed[1].copy()
+
+
+def kill_group(process: Any) -> int:
+    """End a process with its children (gcloud is a script), and read no more of what they say."""
+    with contextlib.suppress(OSError):
+        if os.name == "nt":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.stdout.close()
+    return process.wait()
 
 
 def command_words(command: str) -> List[str]:
@@ -5106,7 +5150,7 @@ class EventStream:
                 self._last_event = time.monotonic()
                 self.first_event_at = self.first_event_at or self._last_event
                 self._held += frames
-            if self._held and not is_last:
+            if self._held and not (is_last and self._emitter.answered):  # else another try follows
                 self._send(b"")
 
     def flush(self) -> None:
@@ -6381,16 +6425,17 @@ def takes_colours(stream: Any) -> bool:
             and (os.name != "nt" or bool(os.environ.get("WT_SESSION"))))
 
 
-def escaped(text: str) -> str:
+def escaped(text: str, kept: str = "") -> str:
     """A text whose control characters cannot begin a new log line or change the terminal."""
-    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]",
-                  lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
+    return re.sub("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]", lambda found: found.group()
+                  if found.group() in kept else found.group().encode("unicode_escape").decode(),
+                  text)
 
 
 def complain(text: str) -> None:
     """A line for the user. Without stderr (2>&-, pythonw) there is nobody to read it."""
     if sys.stderr is not None:
-        print("claude_gemini_proxy: " + text, file=sys.stderr)
+        print("claude_gemini_proxy: " + escaped(text, "\n"), file=sys.stderr)
 
 
 def start_logging(config: Config, quiet: bool) -> None:
@@ -6688,7 +6733,8 @@ def check_setup(server: ProxyServer) -> int:
         except ProxyError as error:
             problem = error.message
         failed += bool(problem)
-        print("%s %s%s" % ("FAIL" if problem else "ok  ", name, ": " + problem if problem else ""))
+        print(escaped("%s %s%s" % ("FAIL" if problem else "ok  ", name,
+                                   ": " + problem if problem else "")))
         return not problem
 
     problems = list(find_problems(server))
@@ -6810,10 +6856,10 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
         for event in ask_events(server, request):
             delta = event.get("delta") or {}
             if delta.get("thinking") and dim:
-                print(dim + delta["thinking"] + plain, end="", flush=True)
+                print(dim + escaped(delta["thinking"], "\n\t") + plain, end="", flush=True)
                 shown = True
             elif delta.get("text"):
-                print(delta["text"], end="", flush=True)
+                print(escaped(delta["text"], "\n\t"), end="", flush=True)
                 shown = True
             elif event["type"] == "content_block_stop" and shown:
                 print(flush=True)

@@ -3607,6 +3607,24 @@ class Retries(ProxyCase):
             counted = b'requests_total{model="gemini-2.5-flash"} 1'
             self.assertTrue(wait_for(lambda: counted in r.send("GET", "/metrics")[2]))
 
+    def test_the_children_of_a_token_command_end_with_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            mark = os.path.join(folder, "mark")
+            r = self.run_proxy(gemini_api_key="", gemini_token_command=(
+                "sh -c 'echo $$ > %s; sleep 60; true'" % mark))
+            self.replace(r.server.upstream.members["gemini"].__class__, "COMMAND_SECONDS", 0.1)
+            self.assertEqual(r.ask(request())[0], 500)
+            self.assertTrue(wait_for(lambda: os.path.exists(mark)))
+            with open(mark) as file:
+                group = int(file.read())
+
+            def is_gone():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, 0)
+                    return False
+                return True
+            self.assertTrue(wait_for(is_gone))
+
     def test_a_key_at_its_limit_cools_down_for_that_model_only(self):
         def script(body, model_, path):
             key = r.fake.requests[-1]["headers"]["x-goog-api-key"]
@@ -4622,6 +4640,43 @@ class Addresses(ProxyCase):
         self.assertEqual(r.send("POST", "/v2/messages", request())[0], 404)
 
 
+class Floods(ProxyCase):
+    """Siblings of what section 17 bounds, found by a second attack."""
+
+    def test_citations_do_not_multiply_an_answer(self):
+        grounding = {"webSearchQueries": ["q"], "groundingChunks": [{"web": {
+            "uri": "u" * 9000, "title": "t"}}], "groundingSupports": [
+                {"segment": {"text": "x" * 9000}, "groundingChunkIndices": [0] * 9000}]}
+        message, _ = emitted([chunk("x" * 9000, finish="STOP", groundingMetadata=grounding)])
+        self.assertEqual(len(message["content"][0]["citations"]), proxy.CITATIONS_LIMIT)
+        self.assertLess(len(json.dumps(message)), 2000000)
+
+    def test_two_hundred_headers_are_enough(self):
+        r = self.run_proxy()
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+        self.assertIn(b" 200 ", r.raw(head + b"a: b\r\n" * 150 + b"\r\n"))
+        self.assertIn(b" 413 ", r.raw(head + b"a: b\r\n" * 250 + b"\r\n"))
+
+    def test_blank_lines_before_a_request_end(self):
+        r = self.run_proxy()
+        head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        self.assertIn(b" 200 ", r.raw(b"\r\n" + head))
+        self.assertNotIn(b" 200 ", r.raw(b"\n" * 100 + head))
+
+    def test_idle_connections_are_bounded_over_all_clients(self):
+        self.replace(proxy.ConnectionPool, "IDLE_LIMIT", 3)
+        r = self.run_proxy(gemini_api_key="", client_keys=True)
+        for n in range(6):
+            r.ask(request(), x_api_key="AIzaKey%d" % n)
+        self.assertEqual(len(r.server.upstream._pool._idle), 3)
+
+    def test_many_unknown_tools_are_one_note(self):
+        tools = [{"name": "t%d" % n, "type": "x_2026"} for n in range(1000)]
+        notes = proxy.to_gemini(request(tools=tools), "gemini-3.8-flash", CONFIG).notes
+        self.assertEqual(len(notes), 1)
+        self.assertIn("dropped 1000 tools", notes[0])
+
+
 class Services(unittest.TestCase):
     """STORE and SERVICE_TIER."""
 
@@ -5153,11 +5208,9 @@ class ChatCompletions(ProxyCase):
                          ["openrouter/x/y", "gemini-2.5-flash", "openrouter/x/y"])
 
     def test_a_model_of_an_upstream_without_a_key_is_an_error_that_names_the_key(self):
-        config = proxy.Config(gemini_api_key="k", anthropic_model="openrouter/x/y")
-        with self.assertRaisesRegex(proxy.ProxyError, "OPENROUTER_API_KEY"):
-            proxy.resolve_model("x", config).name
         for setting in ({"fallback_models": "gemini-2.5-pro,openai/x"},
-                        {"big_model": "openrouter/x/y"}):
+                        {"big_model": "openrouter/x/y"}, {"anthropic_model": "openrouter/x/y"},
+                        {"model_map": "a=openrouter/x/y"}, {"small_model": "openai/x"}):
             with self.assertRaisesRegex(ValueError, "model: .* needs .*_API_KEY"):
                 proxy.Config(gemini_api_key="k", **setting)
 
@@ -5815,6 +5868,35 @@ class Program(ProxyCase):
             self.assertEqual(proxy.check_judge(r.server), "")
         with Running(safeguards_model="gemini-3.5-flash-lite") as r:
             self.assertIn("unavailable", proxy.check_judge(r.server))
+
+    def test_a_dotenv_sends_no_conversation_to_somebody_elses_account(self):
+        for environ, dotenv in (
+                ({"OPENROUTER_API_KEY": "k"}, {"GEMINI_API_KEY": "theirs"}),
+                ({"ANTHROPIC_API_KEY": "k"}, {"GEMINI_API_KEY": "theirs"}),
+                ({"GEMINI_API_KEY": "k"}, {"OPENROUTER_API_KEY": "theirs"}),
+                ({"GEMINI_API_KEY": "k"}, {"UPSTREAM": "openrouter"}),
+                ({"OPENAI_API_BASE": "http://localhost:1/v1"}, {"GEMINI_API_KEY": "theirs"}),
+                ({}, {"CLIENT_KEYS": "true", "GEMINI_API_BASE": "http://evil/v1beta"}),
+                ({"HOST": "0.0.0.0"}, {"PROXY_AUTH_TOKEN": "theirs"}),
+                ({}, {"SAFEGUARDS_MODEL": "gemini-3.5-flash-lite"})):
+            with self.subTest(environ=environ, dotenv=dotenv), self.assertRaisesRegex(
+                    ValueError, r"in \.env, but|not taken from \.env"):
+                proxy.load_config({}, environ, dotenv)
+        for environ, dotenv in (({}, {"GEMINI_API_KEY": "k"}), ({}, {"OPENROUTER_API_KEY": "k",
+                "UPSTREAM": "openrouter"}), ({"GEMINI_API_KEY": "k"}, {"PORT": "9"})):
+            proxy.load_config({}, environ, dotenv)
+
+    def test_what_a_dotenv_says_cannot_change_the_terminal(self):
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            proxy.complain("a\x1b]0;x\x07b")
+        self.assertEqual(errors.getvalue(), "claude_gemini_proxy: a\\x1b]0;x\\x07b\n")
+
+    def test_settings_that_cannot_be_used_are_one_line(self):
+        for environ in ({"DEFAULT_GEMINI_MODEL": "a b"}, {"SMALL_MODEL": "../x"},
+                        {"PRICES": "{" + '"a":' + "[" * 60000}, {"API_KEYS": "[" * 60000},
+                        {"GEMINI_API_BASE": "http://[::1/v1"}, {"PING_INTERVAL": "0.000001"}):
+            with self.subTest(environ), self.assertRaises(ValueError):
+                proxy.load_config({}, environ)
 
     def test_a_dotenv_with_set_in_its_lines_is_told(self):
         with tempfile.TemporaryDirectory() as folder:
