@@ -208,6 +208,8 @@ def upstream_error(status: int, raw: Any, model: str = "", keys: Sequence[str] =
         return ProxyError(402, "%s requires payment: %s" % (name, message), should_retry=False)
     if status == 404:
         reason = "" if name == "Gemini" else " (%s)" % message
+        if name == "Gemini" and not {"code", "status"} & set(error):
+            reason = " (no API is at this address: does GEMINI_API_BASE lack its version?)"
         return ProxyError(404, "model: %s%s" % (model, reason) if model else message)
     if status == 429:
         return _quota_error(message, details, name, str(error.get("code")))
@@ -4447,6 +4449,9 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
                           transient=True)
     if getattr(reason, "errno", None) in (errno.EMFILE, errno.ENFILE):
         return ProxyError(529, "The proxy has no file descriptor left (ulimit -n).", retry_after=2)
+    if isinstance(reason, ConnectionRefusedError):
+        return ProxyError(529, "Nothing listens at %s's address (its API_BASE, or HTTPS_PROXY)."
+                          % name, transient=True)
     return ProxyError(529, "The connection to %s broke: %s" % (name, type(reason).__name__),
                       transient=True)
 
@@ -6689,15 +6694,18 @@ def used_line(traffic: Traffic, is_claude: bool) -> str:
     return line
 
 
-MODEL_SETTINGS = "see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, MODEL_MAP, FALLBACK_MODELS"
+MODEL_SETTINGS = ("see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, MODEL_MAP, FALLBACK_MODELS, "
+                  "SAFEGUARDS_MODEL")
 KEY_SETTINGS = {"gemini": "GEMINI_API_BASE", "openai": "OPENAI_API_BASE",
                 "openrouter": "OPENAI_API_BASE", "anthropic": "ANTHROPIC_API_KEY"}
 
 
 def find_problems(server: ProxyServer) -> Iterator[str]:
     """Why no request could succeed, a line each; what is merely slow or busy is no reason."""
-    for name, member in server.upstream.members.items():
-        place = "%s (%s)" % (server.config.base(name) or "the demo", KEY_SETTINGS[name])
+    routes = needed_routes(server.config)
+    for name in dict.fromkeys(route.upstream for route in routes):
+        member, base = server.upstream.members[name], server.config.base(name)
+        place = "%s (%s%s)" % (base, KEY_SETTINGS[name], through_proxy(base))
         try:
             member.prove()
         except ProxyError as error:
@@ -6705,12 +6713,21 @@ def find_problems(server: ProxyServer) -> Iterator[str]:
             if error.should_retry is False or error.status in (400, 403) or refused:
                 yield "%s: %s" % (place, "nothing listens there" if refused else error.message)
                 continue
-        for route in needed_routes(server.config):
+        for route in routes:
             if route.upstream == name:
                 try:
                     member.prove_model(route.model)
                 except ProxyError as error:
                     yield "%s: %s (%s)" % (route.name, error.message, MODEL_SETTINGS)
+
+
+def through_proxy(base: str) -> str:
+    """The company's proxy on the way to an address, for messages."""
+    parts = urllib.parse.urlsplit(base)
+    proxy = urllib.request.getproxies().get(parts.scheme, "")
+    if not proxy or urllib.request.proxy_bypass(parts.hostname or ""):
+        return ""
+    return ", through the proxy of %s_PROXY" % parts.scheme.upper()
 
 
 def needed_routes(config: Config) -> List[Route]:
@@ -6738,14 +6755,11 @@ def check_setup(server: ProxyServer) -> int:
         return not problem
 
     problems = list(find_problems(server))
-    for name, member in server.upstream.members.items():
+    for name in dict.fromkeys(route.upstream for route in needed_routes(config)):
+        member = server.upstream.members[name]
         place = config.base(name) if member.base else "the demo model"
         if not any(problem.startswith(place) for problem in problems):
-            listed = member.models() is not None or not member.base
-            print("ok   %s is reached%s" % (place, " and takes the key" if listed else ""))
-            if not listed:
-                print("     it lists no models: the key is not proven yet; if it should list some, "
-                      "its address lacks a version")
+            print("ok   %s %s" % (place, reached(member)))
     for problem in problems:
         step(problem.partition(": ")[0], lambda: problem.partition(": ")[2])
     answers = tier_answers(config) if not problems else {}
@@ -6761,6 +6775,19 @@ def check_setup(server: ProxyServer) -> int:
     step("Claude Code is on the PATH", check_client)
     server.drain(0)
     return 1 if failed else 0
+
+
+def reached(member: Upstream) -> str:
+    """How far the list of models proves an upstream."""
+    try:
+        found = member.list_models() or not member.base
+    except ProxyError as error:
+        found = False
+        if error.status != 404:
+            return "is not proven yet: " + error.message
+    return "is reached and takes the key" if found else (
+        "is reached, but lists no models: the key is not proven yet; if it should list some, its "
+        "address lacks a version")
 
 
 def check_judge(server: ProxyServer) -> str:
@@ -6847,6 +6874,10 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
     if not prompt.strip():
         complain("ask takes a prompt, or - for standard input")
         return 2
+    problem = next(find_problems(server), "")
+    if problem:
+        complain(problem)
+        return 1
     threading.Thread(target=server.serve_forever, daemon=True).start()
     request = {"model": model, "max_tokens": 32000, "stream": True,
                "thinking": {"type": "adaptive"}, "messages": [{"role": "user", "content": prompt}]}
@@ -6967,14 +6998,21 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except OSError as exc:
         complain("%s: %s" % (exc.filename or "%s:%d" % (config.host, config.port), exc.strerror))
         return 2
+    return perform(command, server, rest, flags["demo"])
+
+
+def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> int:
+    """-> the exit status"""
     try:
         if command == "run":
-            return run_client(server, rest or ["claude"])
+            return run_client(server, words or ["claude"])
         if command == "ask":
-            return print_answer(server, rest)
-        return check_setup(server) if command == "check" else serve(server, flags["demo"])
+            return print_answer(server, words)
+        return check_setup(server) if command == "check" else serve(server, demo)
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # into `head`, for example
+        return 1
 
 
 def flush_outputs() -> None:
