@@ -25,8 +25,8 @@ process, thread, clock, environment or random. Before you trust the program with
   12 HTTP to upstreams, 13 upstreams        the network: where keys and prompts go
   14 delivery, 15 HTTP server, 16 endpoints the network: who may ask, and what is logged
   18 program                                files (.env, LOG_FILE), processes, the environment
-and 11, the shared state: what stays in memory. These are NNNN of NNNN lines; the rest, 1 to 10 and
-17, is translation. A table stands above what uses it.
+and 11, the shared state: what stays in memory. These are about 3,200 of 7,000 lines; the rest, 1 to
+10 and 17, is translation. A table stands above what uses it.
 
 Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
 writes nothing to disk but the log that LOG_FILE names; keeps in memory, of a conversation, only

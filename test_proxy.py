@@ -3065,6 +3065,16 @@ class Structure(unittest.TestCase):
     def test_pure_sections_reach_no_socket_file_process_clock_or_environment(self):
         self.assertEqual(impurities(self.source), [])
 
+    def test_the_head_counts_the_lines_that_need_trust(self):
+        found = re.search(r"These are about ([\d,]+) of ([\d,]+) lines", proxy.__doc__)
+        trusted, whole = (int(number.replace(",", "")) for number in found.groups())
+        lines = self.source.split("\n")
+        starts = [n for n, line in enumerate(lines) if line.startswith("# ---- ")] + [len(lines)]
+        actual = sum(end - start for start, end in zip(starts, starts[1:])
+                     if "(pure)" not in lines[start])
+        self.assertAlmostEqual(actual, trusted, delta=100)
+        self.assertAlmostEqual(len(lines), whole, delta=100)
+
     def test_an_impure_line_in_a_pure_section_would_be_noticed(self):
         for line, name in (("x = time.time()", "time"), ("x = open('x')", "open"),
                            ("x = os.environ['x']", "os"), ("import random", "random"),
