@@ -706,7 +706,11 @@ def not_understood(command: str, word: str) -> str:
     """What is wrong with an argument. A long one is not shown: it may be a key."""
     word = SECRETS.sub("[key]", word.partition("=")[0])
     if word.startswith("-"):
-        return "not understood: %s (keys are taken from the environment or .env only)" % word
+        flags = [flag_of(row) for row in dataclasses.fields(Config) if not row.metadata["secret"]]
+        near = difflib.get_close_matches(word, flags, 1, 0.7)
+        why = (": did you mean %s?" % near[0] if near else
+               ": keys are taken from the environment or .env only" if "key" in word else "")
+        return "not understood: %s%s" % (word, why)
     shown = " " + json.dumps(word) if len(word) <= 20 else ""
     if command == "env":
         return "env takes %s, not%s" % (", ".join(SHELLS), shown or " this")
@@ -4891,8 +4895,10 @@ class Gemini(Upstream):
             if status == 0:
                 return parse_secret(output[-10000:].decode().strip().rpartition("\n")[2])
             reason = "status %s" % status
-        except (OSError, ValueError) as exc:
-            reason = type(exc).__name__
+        except OSError as exc:
+            reason = "%s (%s)" % (exc.strerror, exc.filename)
+        except ValueError:
+            reason = "its last line is no token"
         exchange.check_client()
         self._command_failed = time.monotonic(), ProxyError(
             500, "GEMINI_TOKEN_COMMAND failed: %s" % reason, should_retry=False)
@@ -6139,7 +6145,7 @@ PAGE = """<!DOCTYPE html>
 :root { color-scheme: light dark; --a: #2a6fc9; --b: #7fa8d8; --c: #1b8a6b; --bad: #d0473e; }
 body { margin: 0 auto; max-width: 78rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .5rem; }
-code { display: block; overflow-x: auto; } button, input { font: inherit; }
+code { display: block; overflow-wrap: anywhere; } button, input { font: inherit; }
 main, .tiles { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 .tiles { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); } .bad { color: var(--bad); }
@@ -6158,7 +6164,8 @@ th, td { text-align: right; padding: .2rem .4rem; border-top: 1px solid #8885; w
 @media (max-width: 32rem) {
   thead { display: none; } tr { display: grid; grid-template-columns: 1fr 1fr; padding: .4rem 0;
     border-top: 1px solid #8885; }
-  td { border: 0; max-width: none; text-align: left; } .why td { grid-column: 1 / -1; }
+  td { border: 0; max-width: none; text-align: left; white-space: normal;
+    overflow-wrap: anywhere; } .why td { grid-column: 1 / -1; max-width: none; }
   td[data-name]:not([data-name=""])::before { content: attr(data-name) ": "; opacity: .7; } }
 </style></head><body>
 <h1>claude_gemini_proxy</h1><p id="head" aria-live="polite">Loading ...</p>
@@ -6289,12 +6296,13 @@ async function refresh() {
   try {
     const answer = await fetch("/", {headers: {accept: "application/json",
                                                ...(token ? {"x-api-key": token} : {})}});
+    $("gone").hidden = true;
     if (answer.status === 401) return ask(token ? "Wrong token." : "A token is needed.");
     if (!answer.ok) throw new Error("status " + answer.status);
     show(await answer.json());
     last = new Date().toLocaleTimeString();
     $("main").hidden = false;
-    $("login").hidden = $("gone").hidden = true;
+    $("login").hidden = true;
   } catch (error) {
     $("gone").textContent = "The proxy cannot be reached (" + error.message
       + "). The figures are those of: " + last + ".";
@@ -6439,8 +6447,9 @@ def escaped(text: str, kept: str = "") -> str:
 
 def complain(text: str) -> None:
     """A line for the user. Without stderr (2>&-, pythonw) there is nobody to read it."""
-    if sys.stderr is not None:
-        print("claude_gemini_proxy: " + escaped(text, "\n"), file=sys.stderr)
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            print("claude_gemini_proxy: " + escaped(text, "\n"), file=sys.stderr, flush=True)
 
 
 def start_logging(config: Config, quiet: bool) -> None:
@@ -6690,12 +6699,13 @@ def used_line(traffic: Traffic, is_claude: bool) -> str:
     if traffic.last_error:
         line += "; last error: " + traffic.last_error
     if is_claude and traffic.last_session:
-        line += "; go on with: run claude --resume " + traffic.last_session
+        line += "; go on with: python3 %s run claude --resume %s" % (
+            os.path.basename(__file__), traffic.last_session)
     return line
 
 
-MODEL_SETTINGS = ("see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, MODEL_MAP, FALLBACK_MODELS, "
-                  "SAFEGUARDS_MODEL")
+MODEL_SETTINGS = ("see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, ANTHROPIC_MODEL, MODEL_MAP, "
+                  "FALLBACK_MODELS, SAFEGUARDS_MODEL")
 KEY_SETTINGS = {"gemini": "GEMINI_API_BASE", "openai": "OPENAI_API_BASE",
                 "openrouter": "OPENAI_API_BASE", "anthropic": "ANTHROPIC_API_KEY"}
 
@@ -6706,19 +6716,33 @@ def find_problems(server: ProxyServer) -> Iterator[str]:
     for name in dict.fromkeys(route.upstream for route in routes):
         member, base = server.upstream.members[name], server.config.base(name)
         place = "%s (%s%s)" % (base, KEY_SETTINGS[name], through_proxy(base))
-        try:
-            member.prove()
-        except ProxyError as error:
-            refused = isinstance(error.__cause__, ConnectionRefusedError)
-            if error.should_retry is False or error.status in (400, 403) or refused:
-                yield "%s: %s" % (place, "nothing listens there" if refused else error.message)
-                continue
+        problem = key_problem(member)
+        if problem:
+            yield "%s: %s" % (place, problem)
+            continue
         for route in routes:
             if route.upstream == name:
                 try:
                     member.prove_model(route.model)
                 except ProxyError as error:
                     yield "%s: %s (%s)" % (route.name, error.message, MODEL_SETTINGS)
+
+
+def key_problem(member: Upstream) -> str:
+    """What is wrong with an upstream's address and all of its keys; "" if one is right, or if it is
+    merely slow or busy."""
+    problem = ""
+    for _ in member.key_list or ("",):
+        try:
+            member.prove()
+            return ""
+        except ProxyError as error:
+            refused = isinstance(error.__cause__, ConnectionRefusedError)
+            if not (refused or error.should_retry is False or error.status in (400, 403)
+                    or isinstance(error.__cause__, ssl.SSLError)):
+                return ""
+            problem = "nothing listens there" if refused else error.message
+    return problem
 
 
 def through_proxy(base: str) -> str:
@@ -6866,13 +6890,13 @@ def ask_events(server: ProxyServer, body: Json) -> Iterator[Json]:
 
 
 def print_answer(server: ProxyServer, words: List[str]) -> int:
-    """`ask`: one prompt, its answer as it comes; thoughts dimmed, and on a terminal only."""
+    """`ask`: one prompt, its answer as it comes."""
     model = "claude-sonnet"
     if words[:1] == ["--model"]:
         model, words = (words + [""])[1], words[2:]
-    prompt = sys.stdin.read() if words == ["-"] else " ".join(words)
+    prompt = prompt_of(words)
     if not prompt.strip():
-        complain("ask takes a prompt, or - for standard input")
+        complain("ask takes --model NAME and a prompt, or - for standard input")
         return 2
     problem = next(find_problems(server), "")
     if problem:
@@ -6881,26 +6905,38 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     request = {"model": model, "max_tokens": 32000, "stream": True,
                "thinking": {"type": "adaptive"}, "messages": [{"role": "user", "content": prompt}]}
-    dim, plain = ("\x1b[2m", "\x1b[0m") if takes_colours(sys.stdout) else ("", "")
-    shown = False
     try:
-        for event in ask_events(server, request):
-            delta = event.get("delta") or {}
-            if delta.get("thinking") and dim:
-                print(dim + escaped(delta["thinking"], "\n\t") + plain, end="", flush=True)
-                shown = True
-            elif delta.get("text"):
-                print(escaped(delta["text"], "\n\t"), end="", flush=True)
-                shown = True
-            elif event["type"] == "content_block_stop" and shown:
-                print(flush=True)
-                shown = False
+        print_events(ask_events(server, request))
     except ProxyError as error:
-        complain(error.message)
+        complain(error.message + (" (%s)" % MODEL_SETTINGS if error.status == 404 else ""))
         return 1
     finally:
         server.drain(0)
     return 0
+
+
+def prompt_of(words: Sequence[str]) -> str:
+    """The words behind `ask`, or standard input; "" for flags that it does not know."""
+    if list(words) == ["-"]:
+        return sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
+    return "" if words and words[0].startswith("-") else " ".join(words)
+
+
+def print_events(events: Iterable[Json]) -> None:
+    """An answer as it comes; thoughts dimmed, and on a terminal only."""
+    dim, plain = ("\x1b[2m", "\x1b[0m") if takes_colours(sys.stdout) else ("", "")
+    shown = False
+    for event in events:
+        delta = event.get("delta") or {}
+        if delta.get("thinking") and dim:
+            print(dim + escaped(delta["thinking"], "\n\t") + plain, end="", flush=True)
+            shown = True
+        elif delta.get("text"):
+            print(escaped(delta["text"], "\n\t"), end="", flush=True)
+            shown = True
+        elif event["type"] == "content_block_stop" and shown:
+            print(flush=True)
+            shown = False
 
 
 DOTENV_LIMIT = 1 << 16
@@ -6975,6 +7011,10 @@ def print_environment(config: Config, shell: str) -> int:
     own = os.environ.get("ANTHROPIC_AUTH_TOKEN", "") if config.client_keys else ""
     values = client_environment(local_url(host, config.port), config.proxy_auth_token or own
                                 or "local", os.environ, resolve_model("claude-opus", config).name)
+    try:
+        socket.create_connection((host, config.port), timeout=1).close()
+    except OSError:
+        complain("nothing listens at %s yet: start the proxy, too" % local_url(host, config.port))
     print(export_lines(values, shell, [name for name in ("ANTHROPIC_API_KEY",)
                                        if os.environ.get(name)]))
     return 0
@@ -6996,7 +7036,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         complain(str(exc))
         return 2
     except OSError as exc:
-        complain("%s: %s" % (exc.filename or "%s:%d" % (config.host, config.port), exc.strerror))
+        hint = (": the proxy runs there already, or choose another --port"
+                if exc.errno == errno.EADDRINUSE else "")
+        complain("%s: %s%s" % (exc.filename or "%s:%d" % (config.host, config.port), exc.strerror,
+                               hint))
         return 2
     return perform(command, server, rest, flags["demo"])
 
