@@ -4171,6 +4171,10 @@ class PagedGemini(GeminiHandler):
         self.send_whole(dict({"models": [model_info(names[number])]}, **more))
 
 
+MODEL_ENTRY = {"type": "model", "lifecycle": "active", "capabilities": None, "line": None,
+               "deprecated_at": None, "retires_at": None}
+
+
 class Endpoints(ProxyCase):
 
     def get_json(self, running, path, **headers):
@@ -4202,6 +4206,168 @@ class Endpoints(ProxyCase):
                 elif status >= 400:
                     self.assertEqual(json.loads(data)["type"], "error")
         self.assertEqual(r.send("POST", "/api/event_logging/batch", {})[0], 200)
+
+    def test_small_addresses_answer_exactly_this(self):
+        r = self.run_proxy()
+        shown = self.get_json(r, "/test-connection")
+        self.assertLess(shown.pop("milliseconds"), 60000)
+        self.assertEqual(shown, {"status": "ok", "model": "gemini-3.5-flash-lite",
+                                 "answer": "You said: Say ok."})
+        self.assertEqual(self.get_json(r, "/health"),
+                         {"status": "ok", "version": proxy.__version__})
+        self.assertEqual(self.get_json(r, "/api/hello"), {})
+
+    def test_a_model_is_described_with_all_fields_that_the_SDKs_require(self):
+        r = self.run_proxy()
+        for id_, created in ((FLASH, "2026-09-02"), ("claude-opus-9", "2026-01-01")):
+            self.assertEqual(self.get_json(r, "/v1/models/" + id_), dict(
+                MODEL_ENTRY, id=id_, display_name=id_, created_at=created + "T00:00:00Z",
+                max_input_tokens=1048576, max_tokens=65536))
+
+    def test_a_model_of_another_upstream_has_the_limits_that_it_tells(self):
+        for model_, limits in (({}, (None, None)), (
+                {"displayName": "X", "inputTokenLimit": 5, "outputTokenLimit": 3}, (5, 3))):
+            self.assertEqual(proxy.model_entry("openrouter/x/y", model_), dict(
+                MODEL_ENTRY, id="openrouter/x/y", created_at="2026-01-01T00:00:00Z",
+                display_name=model_.get("displayName", "openrouter/x/y"),
+                max_input_tokens=limits[0], max_tokens=limits[1]))
+
+    def test_many_models_of_others_are_listed_once_each(self):
+        for count, listed in ((50, 2), (51, 1)):
+            models = {"x/%d" % i: {} for i in range(count)}
+            answers = dict.fromkeys(proxy.TIER_NAMES, "m")
+            found = proxy.model_list(dict(models, own={}), answers)
+            self.assertEqual(len(found), 3 + listed * count + 2)
+
+    def test_metrics_count_answers_errors_tokens_and_dollars(self):
+        usage = {"promptTokenCount": 100, "candidatesTokenCount": 20, "thoughtsTokenCount": 3,
+                 "cachedContentTokenCount": 40, "cost": 0.25}
+        r = self.run_proxy(lambda *args: [chunk("a", finish="STOP", usage=usage)], max_retries=0)
+        r.ask(request())
+        r.ask(request(model="gemini-9-nope"))
+        r.send("GET", "/nothing")
+        name = b"requests_total{model"
+        self.assertTrue(wait_for(lambda: r.send("GET", "/metrics")[2].count(name) == 2))
+        status, headers, data = r.send("GET", "/metrics")
+        self.assertEqual(headers["content-type"], "text/plain; version=0.0.4")
+        lines = [line for line in data.decode().splitlines()
+                 if not line.startswith(("proxy_connections", "proxy_uptime_seconds"))]
+        model_ = 'model="gemini-3.8-flash"'
+        self.assertEqual(lines, [
+            "# TYPE proxy_connections gauge",
+            "# TYPE proxy_signature_cache_bytes gauge", "proxy_signature_cache_bytes 0",
+            "# TYPE proxy_signature_cache_entries gauge", "proxy_signature_cache_entries 0",
+            "# TYPE proxy_uptime_seconds gauge",
+            "# TYPE proxy_cost_usd_total counter", "proxy_cost_usd_total{%s} 0.25" % model_,
+            "# TYPE proxy_errors_total counter", 'proxy_errors_total{status="404"} 2',
+            "# TYPE proxy_requests_total counter", 'proxy_requests_total{model="-"} 1',
+            "proxy_requests_total{%s} 1" % model_,
+            "# TYPE proxy_retries_total counter", "proxy_retries_total 0",
+            "# TYPE proxy_tokens_total counter"] + [
+            'proxy_tokens_total{kind="%s",%s} %d' % (kind, model_, tokens) for kind, tokens in (
+                ("cached", 40), ("input", 100), ("output", 20), ("thought", 3))])
+
+    def log_of(self, *bodies, formatter=None):
+        """-> the log lines of these requests, numbers of milliseconds and ids as N"""
+        with captured_log(formatter=formatter) as lines:
+            r = self.run_proxy(max_retries=0)
+            for body in bodies:
+                r.ask(body)
+            self.assertTrue(wait_for(lambda: len(lines) >= len(bodies)))
+        return [re.sub(r"req_\w{24}|\d+ ms|(?<=_ms\": )\d+|\d+-\d+-\d+ \d+:\d+:\d+,\d+", "N", line)
+                for line in lines]
+
+    def test_the_log_line_of_an_answer_is_exactly_this(self):
+        line = ("N claude-sonnet-5 -> gemini-3.8-flash 200 STOP, tokens in 100 (cached 0) out 4"
+                " (thoughts 0), $0.0001, first %s, total N, retries 0, key 1")
+        self.assertEqual(self.log_of(request(stream=True), request()),
+                         [line % "N", line % "- ms"])
+
+    def test_the_log_line_of_an_error_has_its_reason(self):
+        self.assertEqual(self.log_of(request(model="gemini-9-nope")), [
+            "gemini-9-nope: model: gemini-9-nope",
+            "N gemini-9-nope -> gemini-9-nope 404 -, tokens in 0 (cached 0) out 0 (thoughts 0),"
+            " no cost, first - ms, total N, retries 0, key 1: model: gemini-9-nope"])
+
+    def test_the_log_in_JSON_has_the_same_fields(self):
+        fields = {"time": "N", "level": "info", "request_id": "N", "requested": "claude-sonnet-5",
+                  "model": "gemini-3.8-flash", "status": 200, "finish": "STOP", "first_ms": "N",
+                  "total_ms": "N", "retries": 0, "key": 1, "cost": 9e-05, "input": 100,
+                  "cached": 0, "output": 4, "thought": 0}
+        lines = self.log_of(request(stream=True), request(model="gemini-9-nope"),
+                            formatter=proxy.LogLines(True, False))
+        whole, note, failed = [json.loads(line.replace(": N", ': "N"')) for line in lines]
+        self.assertEqual(whole, fields)
+        self.assertEqual(note, {"time": "N", "level": "info",
+                                "message": "gemini-9-nope: model: gemini-9-nope"})
+        self.assertEqual(failed, dict(
+            fields, level="warning", requested="gemini-9-nope", model="gemini-9-nope", status=404,
+            finish="-", first_ms=None, cost=None, input=0, output=0, error="model: gemini-9-nope"))
+
+    def test_a_traceback_is_in_the_log_in_JSON_too(self):
+        with captured_log(formatter=proxy.LogLines(True, False)) as lines:
+            try:
+                raise KeyError("x")
+            except KeyError:
+                proxy.LOG.exception("failed")
+        line = json.loads(lines[0])
+        self.assertEqual((line["level"], line["message"]), ("error", "failed"))
+        self.assertIn("KeyError: 'x'", line["trace"])
+
+    def test_colours_tell_answers_warnings_and_errors_apart(self):
+        for coloured, level, extra, expected in (
+                (True, logging.INFO, {"fields": {"status": 200}}, "\x1b[32m%s\x1b[0m"),
+                (True, logging.INFO, {"fields": {"status": 499}}, "%s"),
+                (True, logging.INFO, {}, "%s"), (True, logging.ERROR, {}, "\x1b[31m%s\x1b[0m"),
+                (True, logging.WARNING, {}, "\x1b[33m%s\x1b[0m"), (False, logging.ERROR, {}, "%s")):
+            with self.subTest(level, extra=extra):
+                with captured_log(formatter=proxy.LogLines(False, coloured)) as lines:
+                    proxy.LOG.log(level, "m", extra=extra)
+                shown = re.sub(r"[-\d]+ [:,\d]+ ", "", lines[0])
+                self.assertEqual(shown, expected % (logging.getLevelName(level)[0] + " m"))
+
+    def test_the_head_of_an_answer_is_exactly_this(self):
+        r = self.run_proxy()
+        usual = ["Server: claude_gemini_proxy/" + proxy.__version__, "request-id: N"]
+        stream = ["Content-Type: text/event-stream; charset=utf-8", "Cache-Control: no-cache",
+                  "X-Accel-Buffering: no"]
+        health = ["Content-Type: application/json", "Content-Length: 33"]
+        for data, version, status, rest in (
+                (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"1.1", "200 OK", health),
+                (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"1.0", "200 OK",
+                 health + ["Connection: close"]),
+                (post_bytes(request(stream=True)), b"1.1", "200 OK",
+                 stream + ["Transfer-Encoding: chunked"]),
+                (post_bytes(request(stream=True)), b"1.0", "200 OK",
+                 stream + ["Connection: close"])):
+            with self.subTest(data[:20], version=version):
+                got = r.raw(data.replace(b"HTTP/1.1", b"HTTP/" + version))
+                head = re.sub(r"req_\w{24}", "N", got.partition(b"\r\n\r\n")[0].decode())
+                self.assertEqual(head.split("\r\n"), ["HTTP/1.1 " + status] + usual + rest)
+
+    def test_a_client_of_HTTP_1_0_may_ask_again_if_it_says_so(self):
+        r = self.run_proxy()
+        for option, answers in ((b"", 1), (b"Connection: Keep-Alive\r\n", 2)):
+            data = b"GET /health HTTP/1.0\r\nHost: localhost\r\n%s\r\n" % option
+            self.assertEqual(r.raw(data * 2).count(b"200 OK"), answers)
+
+    def test_what_follows_a_bad_request_is_not_taken_for_another(self):
+        r = self.run_proxy()
+        good = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for bad in (b"BAD\r\n\r\n", b"GET /health HTTP/1.1\r\nbad\r\n\r\n",
+                    good.replace(b"localhost", b"evil.example"),
+                    b"DELETE /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            got = r.raw(bad + good)
+            self.assertEqual(got.count(b"HTTP/1.1 "), 1, got)
+            self.assertIn(b"\r\nConnection: close\r\n", got)
+
+    def test_the_page_of_our_own_may_ask(self):
+        r = self.run_proxy()
+        own = "127.0.0.1:%d" % r.port
+        for headers, status in (({"origin": "http://" + own}, 200), ({"origin": "null"}, 403),
+                                ({"sec_fetch_site": "same-origin"}, 200),
+                                ({"sec_fetch_site": "cross-site"}, 403)):
+            self.assertEqual(r.send("GET", "/", host=own, **headers)[0], status, headers)
 
     def test_the_front_token_is_taken_from_either_header(self):
         r = self.run_proxy(proxy_auth_token="secret")
