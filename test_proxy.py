@@ -33,6 +33,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import errno
 import functools
 import gc
 import http.client
@@ -3589,6 +3590,47 @@ class Retries(ProxyCase):
         self.assertEqual(answer(self.run_proxy(gemini_api_base=upstream.url), request()),
                          [("text", "ok")])
 
+    def test_the_wait_that_a_header_tells_is_passed_on_but_for_daily_quotas(self):
+        for body, header, expected in (
+                (error_body(429, "M."), "7", {"retry-after": "7"}),
+                (error_body(429, "M."), "soon", {"retry-after": "10"}),
+                (quota("PerDay"), "7", {"x-should-retry": "false"}),
+                (error_body(503, "M."), "7", {})):
+            r = self.run_proxy(lambda *args: (body["error"]["code"], {"Retry-After": header},
+                                              json.dumps(body).encode()), max_retries=0)
+            headers = r.send("POST", "/v1/messages", request())[1]
+            self.assertEqual({name: headers[name] for name in ("retry-after", "x-should-retry")
+                              if name in headers}, expected)
+
+    def test_an_error_in_a_200_has_its_own_status_if_that_is_one(self):
+        for code, status in ((429, 429), (200, 500), ("429", 500), (None, 500)):
+            for body in ({"error": {"code": code, "message": "M."}},
+                         {"choices": [{"error": {"code": code, "message": "M."}}]}):
+                r = self.run_proxy(lambda *args: (200, {}, json.dumps(body).encode()),
+                                   max_retries=0)
+                self.assertEqual(r.ask(request())[0], status, body)
+
+    def test_a_connection_that_fails_is_an_error_with_its_cause(self):
+        certificate = ssl.SSLCertVerificationError("x")
+        certificate.verify_message = "self signed"
+        for exc, status, message in (
+                (socket.timeout(), 504, "G was silent for too long (REQUEST_TIMEOUT)."),
+                (urllib.error.URLError(socket.timeout()), 504, "G was silent for too long"),
+                (certificate, 500, "The upstream's certificate is not trusted: self signed. Set"),
+                (socket.gaierror(-2, "unknown"), 500, "The upstream's host name cannot be found"),
+                (ValueError("x"), 500, "G's answer is not valid JSON: x"),
+                (RecursionError("x"), 500, "G's answer is not valid JSON: x"),
+                (OSError(errno.EMFILE, "x"), 529, "The proxy has no file descriptor left"),
+                (ConnectionResetError(), 529, "The connection to G broke: ConnectionResetError"),
+                (http.client.BadStatusLine("x"), 529, "The connection to G broke: BadStatusLine")):
+            with self.subTest(repr(exc)):
+                exchange = an_exchange()
+                error = proxy.connection_error(exc, exchange, "G")
+                self.assertEqual((error.status, error.message[:len(message)]), (status, message))
+                self.assertEqual(error.transient, error.message.startswith(("G's", "The conn")))
+                exchange.cancel()
+                self.assertEqual(proxy.connection_error(exc, exchange, "G").status, 499)
+
     def test_the_next_key_is_used_before_the_next_model(self):
         def script(body, model_, path):
             is_first = model_ == "gemini-3.8-flash"
@@ -4717,6 +4759,38 @@ class AutoMode(ProxyCase):
         body = proxy.judge_request({"messages": [typed]}, {}, [], "m", is_sub_agent=True)
         self.assertNotIn('"from": "user"', body["messages"][0]["content"][0]["text"])
 
+    def test_the_judge_is_asked_exactly_this(self):
+        asked = proxy.judge_request(
+            request("q", says("a", uses()), results("toolu_1"), system("s"), "q2"), {"c": 1},
+            [{"id": "i", "name": "n", "input": {}}], "M")
+        first, second = asked["messages"][0]["content"]
+        self.assertEqual((first["type"], second["type"], asked["messages"][0]["role"]),
+                         ("text", "text", "user"))
+        self.assertEqual(json.loads(first["text"]), {"context": {"c": 1}, "transcript": [
+            {"from": "user", "text": "q"}, {"from": "agent", "text": "a"},
+            {"from": "agent, a call",
+             "text": '{"name": "Bash", "input": {"command": "ls"}}'},
+            {"from": "result, not the user", "text": '"r toolu_1"'},
+            {"from": "client, not the user", "text": "s"}, {"from": "user", "text": "q2"}]})
+        self.assertEqual(json.loads(second["text"]),
+                         {"calls": [{"id": "i", "name": "n", "input": {}}]})
+        self.assertEqual({k: asked[k] for k in asked if k != "messages"}, {
+            "model": "M", "max_tokens": proxy.JUDGE_TOKENS, "system": proxy.JUDGE_SYSTEM,
+            "output_config": {"format": {"type": "json_schema",
+                                         "schema": proxy.VERDICTS_SCHEMA}}})
+
+    def test_a_verdict_is_exactly_this(self):
+        unclear = {"type": "unavailable", "reason": "error"}
+        for rows, expected in (
+                ([{"flagged": True, "explanation": " It is so. "}],
+                 {"type": "evaluated", "outcome": "flagged", "explanation": "It is so"}),
+                ([{"flagged": True}],
+                 {"type": "evaluated", "outcome": "flagged", "explanation": ""}),
+                ([{"flagged": False, "explanation": "x"}],
+                 {"type": "evaluated", "outcome": "not_flagged"}),
+                ([], unclear), ([{"flagged": False}] * 2, unclear), ([{}], unclear)):
+            self.assertEqual(proxy.verdict(rows), expected)
+
     def test_a_long_conversation_reaches_the_judge_in_a_bounded_form(self):
         messages = [{"role": "user", "content": "first " + "x" * 5000}]
         for n in range(400):
@@ -5504,6 +5578,51 @@ class OtherUpstreams(ProxyCase):
         """A server that answers with the name of the model."""
         return self.run_openai(lambda body: [oa(content=body["model"]), STOP], models, **settings)
 
+    def test_lists_of_models_are_read_in_the_form_of_each_upstream(self):
+        config = proxy.Config(gemini_api_key="k", openai_api_key="k", openai_api_base="http://a",
+                              anthropic_api_key="k")
+        can, cannot = [{"name": "models/" + name, "supportedGenerationMethods": [method]}
+                       for name, method in (("a", "generateContent"), ("b", "countTokens"))]
+        none = {"displayName": None, "inputTokenLimit": None, "outputTokenLimit": None}
+        for upstream, page, expected in (
+                ("gemini", {"models": [can, cannot, 5]}, {"a": can}), ("gemini", [], {}),
+                ("openai", [{"id": "c"}], {"c": none}),
+                ("openai", {"data": [
+                    {"id": "a", "name": "A", "context_length": 5,
+                     "top_provider": {"max_completion_tokens": 3}},
+                    {"id": "b", "max_model_len": 7, "top_provider": 5}]},
+                 {"a": {"displayName": "A", "inputTokenLimit": 5, "outputTokenLimit": 3},
+                  "b": dict(none, inputTokenLimit=7)}),
+                ("anthropic", {"data": [{"id": "x", "display_name": "X"}]},
+                 {"x": {"displayName": "X"}})):
+            with self.subTest(upstream, page=page):
+                member = proxy.Upstreams(config).members[upstream]
+                member.get_json = lambda *args: page
+                self.assertEqual(member.list_models(), expected)
+
+    def test_a_model_may_be_listed_with_a_tag_or_without(self):
+        for name, model_, listed, expected in (
+                ("openrouter", "x/y", "x/y:free", True), ("openrouter", "x/y:free", "x/y", True),
+                ("openrouter", "x/y:a", "x/y:b", False), ("openrouter", "x/y", "x/z", False),
+                ("openrouter", "~x/y", "a", True), ("openrouter", "plain", "a", False),
+                ("openai", "plain", "a", True), ("openai", "x/y", "a", False)):
+            with self.subTest(name, model=model_, listed=listed):
+                config = proxy.Config(openrouter_api_key="k", openai_api_key="k",
+                                      openai_api_base="http://a")
+                member = proxy.Upstreams(config).members[name]
+                self.assertEqual(member._offers(model_, [listed]), expected)
+
+    def test_a_limit_that_was_refused_is_remembered_and_lowers_later_ones(self):
+        def script(body):
+            if body["max_tokens"] > 100:
+                return 400, "max_tokens must be at most 100"
+            return [oa(content=str(body["max_tokens"])), STOP]
+        r, fake = self.run_openai(script, ["x/y"])
+        for tokens, said, count in ((500, "100", 2), (500, "100", 3), (50, "50", 4)):
+            body = request(model="x/y", max_tokens=tokens)
+            self.assertEqual(answer(r, body), [("text", said)])
+            self.assertEqual(len(fake.requests), count)
+
     def test_an_unknown_model_is_refused_with_names_like_it(self):
         r, fake = self.echo(["meta/llama-4-maverick", "meta/llama-4-scout", "x/y"])
         status, error = r.ask(request(model="meta/llama-4-maveric"))
@@ -5690,6 +5809,31 @@ class OtherUpstreams(ProxyCase):
                                  b'{"model": "anthropic/claude-opus-5"}')
         self.assertEqual((status, data), (418, b'{"odd":  true}'))
         self.assertEqual(fake.requests[0]["body"], {"model": "claude-opus-5"})
+
+    def test_what_passes_through_is_in_the_log_and_on_the_page(self):
+        r, _ = self.run_anthropic(lambda body: (200, b"{}"))
+        with captured_log() as lines:
+            r.send("POST", "/v1/messages", {"model": "claude-x"})
+            self.assertTrue(wait_for(lambda: lines))
+        self.assertRegex(lines[0], r"^req_\w+ claude-x -> anthropic/claude-x 200, passed through,"
+                                   r" total \d+ ms$")
+        self.assertTrue(wait_for(lambda: json.loads(r.send("GET", "/")[2])["recent"]))
+        (record,) = json.loads(r.send("GET", "/")[2])["recent"]
+        self.assertEqual(set(record), {"status", "requested", "total_ms", "time"})
+        self.assertEqual((record["status"], record["requested"]), (200, "claude-x"))
+
+    def test_what_passes_through_is_framed_as_the_client_reads_it(self):
+        def unframed(sock, head):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nX-A: b\r\nConnection: close\r\n\r\nabc")
+        upstream = BytesUpstream(unframed)
+        self.addCleanup(upstream.close)
+        self.replace(proxy, "ANTHROPIC_BASE", upstream.url)
+        r = self.run_proxy(gemini_api_key="", anthropic_api_key="k")
+        head, body = b"HTTP/1.1 200 OK\r\nx-a: b\r\n", {"model": "claude-x"}
+        for version, expected in (
+                (b"1.1", head + b"transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
+                (b"1.0", head + b"connection: close\r\n\r\nabc")):
+            self.assertEqual(r.raw(post_bytes(body).replace(b"1.1", version)), expected)
 
     def test_a_connection_test_tells_that_anthropics_requests_pass_through(self):
         r = self.run_proxy(gemini_api_key="", anthropic_api_key="k")
