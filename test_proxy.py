@@ -6274,6 +6274,213 @@ class Program(ProxyCase):
                      "ok   gemini-3.5-flash-lite answers (haiku)"):
             self.assertIn(line, output)
 
+    def config(self, command, demo=False, **environment):
+        """The settings of a command in an empty folder, in this environment."""
+        place = os.getcwd()
+        with tempfile.TemporaryDirectory() as folder, \
+                mock.patch.dict(os.environ, environment, clear=True):
+            os.chdir(folder)
+            try:
+                return proxy.command_config(command, {"demo": demo})
+            finally:
+                os.chdir(place)
+
+    def test_run_takes_a_free_port_of_loopback_and_a_token_of_its_own(self):
+        settings = dict(GEMINI_API_KEY="k", HOST="0.0.0.0", PORT="9", PROXY_AUTH_TOKEN="t")
+        config = self.config("run", CLIENT_KEYS="true", **settings)
+        self.assertEqual((config.host, config.port, config.client_keys), ("127.0.0.1", 0, False))
+        self.assertGreater(len(config.proxy_auth_token), 20)
+        for command, port in (("serve", 9), ("env", 9), ("check", 0)):
+            config = self.config(command, **settings)
+            self.assertEqual((config.host, config.port, config.proxy_auth_token),
+                             ("0.0.0.0", port, "t"))
+
+    def test_a_command_that_asks_nobody_needs_no_key(self):
+        for command, environment, words in (
+                ("env", {}, ""), ("serve", {"CLIENT_KEYS": "true"}, ""),
+                ("run", {"CLIENT_KEYS": "true"}, "No Gemini key"), ("serve", {}, "No Gemini key"),
+                ("serve", {"GEMINI_TOKEN_COMMAND": "x"}, ""),
+                ("serve", {"OPENROUTER_API_KEY": "k"}, ""),
+                ("serve", {"OPENAI_API_KEY": "k"}, "set BIG_MODEL"),
+                ("serve", {"OPENAI_API_KEY": "k", "BIG_MODEL": "gpt-x"}, ""),
+                ("serve", {"OPENAI_API_KEY": "k", "ANTHROPIC_MODEL": "gpt-x"}, ""),
+                ("serve", {"OPENAI_API_KEY": "k", "OPENAI_API_BASE": "http://a"}, ""),
+                ("env", {"PORT": "0"}, "env needs a fixed one")):
+            with self.subTest(command, environment=environment):
+                if words:
+                    with self.assertRaisesRegex(ValueError, words):
+                        self.config(command, **environment)
+                else:
+                    self.config(command, **environment)
+
+    def test_the_demo_asks_no_upstream_that_is_set(self):
+        config = self.config("serve", True, OPENROUTER_API_KEY="k", OPENAI_API_KEY="k",
+                             OPENAI_API_BASE="http://a", ANTHROPIC_API_KEY="k",
+                             UPSTREAM="openrouter", BIG_MODEL="x/y", FALLBACK_MODELS="openai/x")
+        self.assertEqual((config.upstreams, config.big_model, config.fallback_models),
+                         (("gemini",), "", ()))
+
+    def test_a_port_that_is_taken_is_one_clear_message(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            for name in ("start_logging", "tune_memory"):
+                self.replace(proxy, name, lambda *args, **more: None)
+            status, output = self.main("--port", str(port), GEMINI_API_KEY="k")
+        self.assertEqual((status, output), (
+            2, "claude_gemini_proxy: 127.0.0.1:%d: %s\n" % (port, os.strerror(errno.EADDRINUSE))))
+
+    def announced(self, demo=False, **settings):
+        """The lines at the start, without the hints."""
+        server = self.run_proxy(**dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)).server
+        with captured_log() as lines:
+            proxy.announce(server, demo)
+        start = "claude_gemini_proxy %s on %s, " % (proxy.__version__, server.url)
+        self.assertTrue(lines[0].startswith(start), lines)
+        self.assertEqual(any(line.startswith("hint: ") for line in lines), not demo)
+        return [lines[0][len(start):]] + [each for each in lines[1:] if each[:5] != "hint:"]
+
+    def test_the_start_names_models_and_upstreams(self):
+        self.assertEqual(self.announced(),
+                         ["gemini-3.8-flash, small gemini-3.5-flash-lite, live"])
+        self.assertEqual(self.announced(True, gemini_api_base="http://a.example"),
+                         ["demo model, live"])
+        self.assertEqual(self.announced(openrouter_api_key="k", anthropic_api_key="k"), [
+            "gemini-3.8-flash, small gemini-3.5-flash-lite, live, also openrouter, also anthropic"])
+
+    def test_the_start_warns_of_keys_that_travel_unencrypted_or_elsewhere(self):
+        unencrypted = "keys and prompts travel unencrypted to http://a.example"
+        self.assertEqual(self.announced(gemini_api_base="http://a.example")[1:], [unencrypted])
+        for base in ("http://127.0.0.1:1", "http://localhost:1", "https://a.example"):
+            self.assertEqual(self.announced(gemini_api_base=base)[1:], [])
+        self.assertEqual(
+            self.announced(openrouter_api_key="k", openai_api_base="https://a.example")[1:],
+            ["the OpenRouter key goes to https://a.example; if that is another server, set"
+             " OPENAI_API_KEY, to anything"])
+
+    def test_claude_code_is_known_by_its_command(self):
+        for command, expected in (
+                (["claude"], True), (["/usr/bin/claude", "-p"], True), (["Claude.cmd"], True),
+                (["npx", "@anthropic-ai/claude-code"], True), (["claude-x"], False),
+                (["node", "--flag", "/x/claude"], True), (["sh", "-c", "x", "claude"], False)):
+            self.assertEqual(proxy.is_claude_code(command), expected, command)
+
+    def test_the_environment_of_a_client_is_exactly_this(self):
+        usual = {"ENABLE_TOOL_SEARCH": "true", "ANTHROPIC_BASE_URL": "U",
+                 "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1", "ANTHROPIC_AUTH_TOKEN": "T"}
+        no_header = {"CLAUDE_CODE_ATTRIBUTION_HEADER": "0"}
+
+        def limits(window, most):
+            return {"CLAUDE_CODE_MAX_CONTEXT_TOKENS": window, "CLAUDE_CODE_MAX_OUTPUT_TOKENS": most,
+                    "CLAUDE_CODE_AUTO_COMPACT_WINDOW": window}
+        for environ, name, model_, expected in (
+                ({}, "gemini-x", {}, dict(limits("1048576", "65536"), **no_header)),
+                ({}, "anthropic/x", {}, {}), ({}, "openai/x", {}, no_header),
+                ({"ENABLE_TOOL_SEARCH": "auto", "ANTHROPIC_BASE_URL": "own"}, "anthropic/x", {},
+                 {"ENABLE_TOOL_SEARCH": "auto"}),
+                ({}, "openai/x", {"inputTokenLimit": 5, "outputTokenLimit": 3},
+                 dict(limits("5", "3"), **no_header))):
+            local = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+            self.assertEqual(proxy.client_environment("U", "T", environ, name, model_),
+                             dict(usual, **dict(local, **expected)))
+
+    def test_no_company_proxy_stands_before_the_address_of_a_client(self):
+        for environ, expected in (({"NO_PROXY": "a"}, "a"), ({"no_proxy": "b"}, "b"),
+                                  ({"NO_PROXY": "a", "no_proxy": "b"}, "a")):
+            found = proxy.client_environment("U", "T", environ, "gemini-x")
+            self.assertEqual([found["NO_PROXY"], found["no_proxy"]],
+                             [expected + ",127.0.0.1,localhost"] * 2)
+
+    def run_client(self, command, *more, **environment):
+        """Run a client in this process -> (status, what it prints, errors)."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        server = proxy.make_server(dataclasses.replace(CONFIG, proxy_auth_token="t"),
+                                   proxy.DemoModel())
+        errors = io.StringIO()
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(errors), \
+                mock.patch.dict(os.environ, dict(environment, OUT=os.path.join(folder, "out"),
+                                                 PATH=folder + ":/usr/bin:/bin"), clear=True):
+            with open(os.path.join(folder, "claude"), "w") as file:
+                file.write("#!/bin/sh\nenv > $OUT")
+            os.chmod(file.name, 0o755)
+            status = proxy.run_client(server, [command, *more])
+            if status == 127:
+                server.drain(0)
+            if os.path.exists(os.environ["OUT"]):
+                with open(os.environ["OUT"]) as file:
+                    return status, dict(line.split("=", 1) for line in file.read().splitlines()), ""
+        return status, {}, errors.getvalue()
+
+    def test_claude_code_gets_no_key_of_anthropics_and_others_get_the_token(self):
+        for command, key in ((["claude"], None), (["sh", "-c", "env > $OUT"], "t")):
+            status, found, _ = self.run_client(*command, ANTHROPIC_API_KEY="own", KEPT="1")
+            self.assertEqual((status, found.get("ANTHROPIC_API_KEY"), found["KEPT"]),
+                             (0, key, "1"))
+            self.assertEqual(found["ANTHROPIC_AUTH_TOKEN"], "t")
+
+    def test_the_status_of_a_client_is_that_of_run(self):
+        for command, expected in (("exit 3", 3), ("kill -9 $$", 137)):
+            self.assertEqual(self.run_client("sh", "-c", command)[0], expected)
+
+    def test_a_client_that_is_not_there_is_named_with_a_way_to_get_it(self):
+        missing = os.strerror(errno.ENOENT)
+        with mock.patch.object(subprocess, "Popen", side_effect=OSError(errno.ENOENT, missing)):
+            for command, hint in (("claude", " (npm install -g @anthropic-ai/claude-code)"),
+                                  ("x", "")):
+                self.assertEqual(self.run_client(command), (
+                    127, {}, "claude_gemini_proxy: %s: %s%s\n" % (command, missing, hint)))
+
+    def logged(self, quiet=False, terminal=False, environment={}, **settings):
+        """What a warning and a debug line write to stderr, without the time."""
+        output, log = io.StringIO(), proxy.LOG
+        output.isatty = lambda: terminal
+        before = log.handlers[:], log.propagate, log.level
+        log.handlers[:] = []
+        try:
+            with contextlib.redirect_stderr(output), \
+                    mock.patch.dict(os.environ, environment, clear=True):
+                proxy.start_logging(proxy.Config(gemini_api_key="k", **settings), quiet)
+                log.debug("d")
+                log.warning("m")
+        finally:
+            log.handlers[:], log.propagate = before[:2]
+            log.setLevel(before[2])
+        return re.sub(r"[-\d]{10} [:,\d]{12}", "N", output.getvalue())
+
+    def test_the_log_goes_to_stderr_unless_a_client_has_the_terminal(self):
+        colour = "\x1b[33m%s\x1b[0m\n"
+        for settings, expected in (
+                ({}, "N W m\n"), ({"quiet": True}, ""), ({"terminal": True}, colour % "N W m"),
+                ({"terminal": True, "environment": {"NO_COLOR": "1"}}, "N W m\n"),
+                ({"debug": True}, "N D d\nN W m\n"), ({"log_level": "error"}, ""),
+                ({"log_level": "debug"}, "N D d\nN W m\n"),
+                ({"log_format": "json"},
+                 '{"time": "N", "level": "warning", "message": "m"}\n')):
+            with self.subTest(settings):
+                self.assertEqual(self.logged(**settings), expected)
+
+    @unittest.skipUnless(resource, "Windows has no such limit")
+    def test_the_limit_for_open_files_is_raised_or_connections_are_fewer(self):
+        for soft, hard, allowed, asked, expected in (  # the limits; connections wanted and kept
+                (256, 4096, 4096, 512, 512), (2000, 4096, 0, 512, 512), (256, -1, 10240, 512, 512),
+                (256, -1, 0, 512, 28), (256, 400, 400, 512, 28), (256, 1224, 1224, 512, 512),
+                (-1, -1, 0, 512, 512), (10, 10, 0, 512, 1), (1224, 1224, 0, 512, 512),
+                (1223, 1223, 0, 512, 511), (256, -1, 10240, 8000, 5020)):
+            limits = [(soft, hard)]
+
+            def setrlimit(kind, pair):
+                if pair[0] > allowed:
+                    raise ValueError("not allowed")
+                limits.append(pair)
+            with self.subTest(soft=soft, hard=hard, allowed=allowed), \
+                    mock.patch.object(resource, "getrlimit", lambda kind: limits[-1]), \
+                    mock.patch.object(resource, "setrlimit", setrlimit), captured_log() as lines:
+                found = proxy.fit_descriptors(dataclasses.replace(CONFIG, max_connections=asked))
+                self.assertEqual(found.max_connections, expected)
+                self.assertEqual(len(lines), expected < asked, lines)
+                self.assertTrue(expected < asked or soft < 0 or limits[-1][0] >= 1224, limits)
+                self.assertEqual(limits[-1][1], hard)
+
     def test_the_readme_example_of_vendoring_runs(self):
         with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
             example = re.search(r"```python\n(.*?)```", file.read(), re.S).group(1)
