@@ -1093,13 +1093,20 @@ _SURROGATE = re.compile(rb"\\u[dD]")  # faster than two searches with `in`
 _SURROGATES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError("%s is not a JSON value" % name)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
 def parse_json(raw: bytes) -> Any:
     """Bytes -> JSON value. Lone surrogates become U+FFFD: a cut emoji must not poison a session.
     Raises ProxyError 400 for anything else that is not JSON as RFC 8259 has it."""
     try:
         if _SURROGATE.search(raw):
             raw = _SURROGATES.sub(lambda m: b"\\ufffd" if m.group(1) else m.group(), raw)
-        return json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+        return _DECODER.decode(raw.decode("utf-8"))
     except UnicodeDecodeError as exc:
         raise invalid("The body is not valid UTF-8 (byte %d)." % exc.start) from None
     except RecursionError:
@@ -1108,8 +1115,12 @@ def parse_json(raw: bytes) -> Any:
         raise invalid("The body is not valid JSON: %s" % exc) from None
 
 
-def _no_constant(name: str) -> None:
-    raise ValueError("%s is not a JSON value" % name)
+def parse_value(text: str, start: int = 0) -> Tuple[Any, int]:
+    """The JSON value that begins at `start` -> (it, where it ends); ValueError if there is none."""
+    try:
+        return _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -3724,15 +3735,65 @@ class Declared(dict):
     json = b""
 
 
-class DeclarationCache:
-    """What `declaration` made of the tools seen last: a session sends the same ones each time."""
+class KnownTools(NamedTuple):
+    """A list of tools as it came; `declared` has a place for each tool, by its id: the list keeps
+    its tools, so no other object has one of these ids."""
 
-    LIMIT_BYTES = 32 << 20
+    raw: bytes                   # `"tools":[...]`
+    tools: List[Json]
+    declared: Dict[int, Any]
+
+
+class ToolCache:
+    """The lists of tools seen last, by their bytes, and what `declaration` made of the tools: they
+    are most of a small request, and a session sends the same ones each time."""
+
+    LIMIT_BYTES = 32 << 20   # of declarations
+    LISTS, LISTS_BYTES = 16, 1 << 20
 
     def __init__(self) -> None:
         self._known = LRUCache(self.LIMIT_BYTES)
+        self._lists: Tuple[KnownTools, ...] = ()  # the last one first; replaced, never changed
+        self._mark = secrets.randbits(60)
+
+    def parse(self, raw: bytes) -> Any:
+        """parse_json(raw), but a known list of tools is not parsed again: a number that nobody can
+        know takes its place, and is replaced where it turns out to be the request's `tools`."""
+        at = raw.rfind(b'"tools":[')
+        at = raw.rfind(b'"tools": [') if at < 0 else at
+        with contextlib.suppress(ProxyError, ValueError):
+            known = next((each for each in self._lists if raw.startswith(each.raw, at)), None)
+            known = known or self._read(raw, at)
+            rest = raw[at + len(known.raw):]
+            request = parse_json(b'%b"tools":%d%b' % (raw[:at], self._mark, rest))
+            if isinstance(request, dict) and request.get("tools") == self._mark:
+                request["tools"] = known.tools
+                self._keep(known)
+                return request
+        return parse_json(raw)
+
+    def _read(self, raw: bytes, at: int) -> KnownTools:
+        """The list of tools at this place of a body; ValueError if it cannot be told from there."""
+        start = raw.index(b"[", at)
+        text = raw[start:].decode("utf-8")
+        tools, end = parse_value(text)
+        piece = raw[at:start] + text[:end].encode("utf-8")
+        if at < 0 or _SURROGATE.search(piece):
+            raise ValueError("not parsed apart from the rest")
+        return KnownTools(piece, tools, dict.fromkeys(map(id, tools)))
+
+    def _keep(self, known: KnownTools) -> None:
+        if known in self._lists[:1] or len(known.raw) > self.LISTS_BYTES:
+            return
+        lists = [known] + [each for each in self._lists if each.raw != known.raw]
+        while len(lists) > self.LISTS or sum(len(each.raw) for each in lists) > self.LISTS_BYTES:
+            lists.pop()
+        self._lists = tuple(lists)
 
     def declare(self, tool: Json) -> Declared:
+        places = next((each.declared for each in self._lists if id(tool) in each.declared), {})
+        if places.get(id(tool)):
+            return places[id(tool)]
         key = marshalled(tool)
         declared = self._known.get(key)
         if declared is None:
@@ -3740,6 +3801,8 @@ class DeclarationCache:
             declared.json = dump_json(declared)
             # the key, its JSON, and the objects: about eight times the JSON
             self._known.put(key, declared, len(key) + 9 * len(declared.json))
+        if places:
+            places[id(tool)] = declared
         return declared
 
 
@@ -5306,7 +5369,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.metrics = Metrics()
         self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
                                          config.signature_cache_bytes)
-        self.declarations = DeclarationCache()
+        self.tools = ToolCache()
         self.tokens = TokenCounts()
         self.traffic = Traffic()
         self.upstream = Upstreams(config, upstream)
@@ -5723,7 +5786,7 @@ class ProxyHandler(HTTPHandler):
             self.answer_messages(body)
 
     def answer_messages(self, body: bytes) -> None:
-        server, request = self.server, parse_json(body)
+        server, request = self.server, self.server.tools.parse(body)
         named = request.get("model") if isinstance(request, dict) else None
         self.requested = named[:100] if isinstance(named, str) else ""
         if self.forward_to_anthropic(request, body):
@@ -5763,7 +5826,7 @@ class ProxyHandler(HTTPHandler):
         server, config = self.server, self.server.config
         signatures = server.signatures.of(self.client_key())
         translate = functools.partial(translated, request, config, lookup=signatures.get,
-                                      declare=server.declarations.declare)
+                                      declare=server.tools.declare)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         routes = [resolve_model(request["model"], config)]
         routes += [route_to(name, config) for name in config.fallback_models]
@@ -5977,12 +6040,12 @@ class ProxyHandler(HTTPHandler):
         Clients send dozens at once, most of them again and again.
         """
         server, body = self.server, self.read_body()
-        request = parse_json(body)
+        request = server.tools.parse(body)
         if self.forward_to_anthropic(request, body):
             return
         check_request(request)
         translate = functools.partial(translated, request, server.config,
-                                      declare=server.declarations.declare)
+                                      declare=server.tools.declare)
         exchange = Exchange(request, [resolve_model(request["model"], server.config)], translate,
                             client_key=self.client_key())
         estimate = server.tokens.estimate(len(body), exchange.translation)

@@ -2566,6 +2566,14 @@ PRICE_CASES = (  # model, day, changes of TOKENS, dollars; with PRICES="llama*=1
 )
 
 
+def outcome(function, *arguments):
+    """What a call gives, or the error that it raises."""
+    try:
+        return function(*arguments)
+    except proxy.ProxyError as error:
+        return error.status, error.message
+
+
 class State(unittest.TestCase):
 
     def test_the_signature_cache_drops_the_least_recently_used(self):
@@ -2608,7 +2616,7 @@ class State(unittest.TestCase):
         self.assertEqual(cache.size(), (500, size))
 
     def test_tools_are_remembered_by_content_alone(self):
-        declare = proxy.DeclarationCache().declare
+        declare = proxy.ToolCache().declare
         variants = [an_object(a={"default": value}) for value in (1, True, 1.0, "1", None)]
         lists = [[v] for v in variants] + [variants[:2], variants[::-1], []]
         for schemas in lists * 2:  # the second time they are known
@@ -2619,6 +2627,26 @@ class State(unittest.TestCase):
             self.assertEqual(json.loads(raw), json.loads(proxy.dump_json(plain)))
             compact = json.dumps(plain.get("tools", {}), separators=(",", ":")).encode()
             self.assertIn(compact, raw + b"{}")
+
+    def test_known_tools_are_not_parsed_again_and_change_nothing(self):
+        cache = proxy.ToolCache()
+        tools, other = [dict(TOOL, description="é → \"[]\"")], [dict(TOOL, name="Other")]
+        bodies = [request("a", tools=tools), request("b", tools=tools), request("c", tools=other),
+                  dict(tools=tools, **request("d")), request("e", tools=[]),
+                  request(asks({"type": "x", "tools": tools}), tools=other),
+                  request(asks({"type": "x", "tools": tools})), {"tools": {}}, [{"tools": tools}]]
+        raws = [json.dumps(body, separators=separators, ensure_ascii=False).encode()
+                for body in bodies for separators in ((",", ":"), (", ", ": "))]
+        raws += [raws[0][:-1] + end for end in (
+            b',"tools":[]}', b',"tools":7}', b',"x\\"tools":[1]}', b"", b',"y":NaN}', b',"z":"\xff"}',
+            b',"tools":[{"name":"\\ud800"}]}', b',"tools":[{"n":1e999}]}', b',"tools":[1,}')]
+        for raw in raws * 3:
+            with self.subTest(raw):
+                self.assertEqual(outcome(cache.parse, raw), outcome(proxy.parse_json, raw))
+        self.assertIs(cache.parse(raws[0])["tools"], cache.parse(raws[2])["tools"])
+        for raw in raws[:6] * 2:
+            for tool in cache.parse(raw)["tools"]:
+                self.assertEqual(cache.declare(tool), proxy.declaration(tool))
 
     def test_prices_are_those_of_the_day_and_of_the_prompts_size(self):
         config = proxy.load_config({}, {"PRICES": "llama*=1/2,x=1/2/0"})
@@ -7136,7 +7164,7 @@ class Hostile(ProxyCase):
             gc.enable()
 
     def test_the_cache_of_tools_is_bounded_in_bytes(self):
-        cache = proxy.DeclarationCache()
+        cache = proxy.ToolCache()
         tracemalloc.start()
         try:
             for i in range(60):
