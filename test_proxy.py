@@ -2327,6 +2327,13 @@ FRAMINGS = (  # an upstream's answer, (status, body, whether the connection can 
 
 class Wire(unittest.TestCase):
 
+    def test_the_frame_of_a_text_is_the_json_of_its_event(self):
+        for text in ("", "é → 😀 \ud800", 'a "b" \\ c\n\x00\x7f\u2028', "</script>" * 99):
+            event = {"type": "content_block_delta", "index": 12,
+                     "delta": {"type": "text_delta", "text": text}}
+            self.assertEqual(proxy.sse_frame(event), b"event: content_block_delta\ndata: %b\n\n"
+                             % proxy.dump_json(event))
+
     def test_upstream_errors_become_what_clients_understand(self):
         for status, body, expected, type_, message, headers in ERROR_CASES:
             with self.subTest(message):
