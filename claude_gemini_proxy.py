@@ -25,7 +25,7 @@ process, thread, clock, environment or random. Before you trust the program with
   12 HTTP to upstreams, 13 upstreams        the network: where keys and prompts go
   14 delivery, 15 HTTP server, 16 endpoints the network: who may ask, and what is logged
   18 program                                files (.env, LOG_FILE), processes, the environment
-and 11, the shared state: what stays in memory. These are about 3,200 of 7,000 lines; the rest, 1 to
+and 11, the shared state: what stays in memory. These are about 3,300 of 7,150 lines; the rest, 1 to
 10 and 17, is translation. A table stands above what uses it.
 
 Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
@@ -41,7 +41,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import fnmatch
 import functools
 import gc
 import hashlib
@@ -303,7 +302,8 @@ class MalformedChunks:
         pass
 
     def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
-        if isinstance(exc, (AttributeError, IndexError, KeyError, TypeError, ValueError)):
+        if isinstance(exc, (AttributeError, IndexError, KeyError, OverflowError, TypeError,
+                            ValueError)):
             raise ProxyError(500, "The upstream's answer has an unknown form: %s" % exc) from exc
 
 
@@ -491,7 +491,7 @@ class Config:
     ping_interval: float = setting(15.0, "seconds of silence before a ping is sent", parse_seconds)
     request_timeout: float = setting(300.0, "seconds of upstream silence allowed", parse_seconds)
     max_retries: int = setting(2, "times that a failed or empty answer is asked for again",
-                               whole(0), also={"MAX_STREAMING_RETRIES": str})
+                               whole(0, 100), also={"MAX_STREAMING_RETRIES": str})
     max_tokens_default: int = setting(32768, "max_tokens when the client sends none", whole(1))
     max_tokens_limit: int = setting(60000, "larger max_tokens are capped to this", whole(1))
     signature_cache_size: int = setting(100000, "thought signatures kept in memory", whole(1))
@@ -1035,8 +1035,8 @@ PRICES = (
     ("gemini-4-carbon", "2026-11-30", 0, 2.0, 10.0, 0.1),
     ("gemini-4-carbon", "", 0, 4.0, 20.0, 0.2),
     ("gemini-4-hydrogen", "", 0, 1.5, 7.5, 0.075), ("gemini-4-neon", "", 0, 3.0, 15.0, 0.15),
-    ("gemini-3.[678]-flash", "2026-12-31", 0, 0.75, 3.75, 0.075),
-    ("gemini-3.[678]-flash", "", 0, 1.5, 7.5, 0.15),
+    *(("gemini-3.%d-flash" % n, "2026-12-31", 0, 0.75, 3.75, 0.075) for n in (6, 7, 8)),
+    *(("gemini-3.%d-flash" % n, "", 0, 1.5, 7.5, 0.15) for n in (6, 7, 8)),
     ("gemini-3.5-flash-lite", "", 0, 0.3, 2.5, 0.03),
     ("gemini-3.1-flash-lite", "", 0, 0.25, 1.5, 0.025),
     ("gemini-3.1-pro-preview*", "", 200001, 4.0, 18.0, 0.4),
@@ -1062,7 +1062,7 @@ def _prices_of(route: Route, own: Tuple[Tuple, ...]) -> Tuple[Price, ...]:
     """All rows for a model; a dozen patterns a request would take longer than a small stream."""
     names = (route.name, route.model)
     return tuple(price for price in (Price(*row) for row in own + PRICES)
-                 if any(fnmatch.fnmatchcase(name, price.pattern) for name in names))
+                 if any(fits(price.pattern, name) for name in names))
 
 
 def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[float]:
@@ -2184,7 +2184,7 @@ def _schema_cost(schema: Json) -> int:
 def short_json(value: Any, limit: int) -> str:
     """The first characters of a value's JSON, without encoding more."""
     text = ""
-    for piece in json.JSONEncoder().iterencode(value):
+    for piece in json.JSONEncoder(check_circular=False).iterencode(value):  # else it keeps values
         text += piece[:limit]
         if len(text) >= limit:
             break
@@ -3421,7 +3421,7 @@ def unanswered_calls(request: Json) -> List[Json]:
     """The calls at the end of a history: a review of a sub-agent's asks about these."""
     last = request["messages"][-1]
     content = last.get("content") if isinstance(last, dict) else None
-    return [{"id": block.get("id"), "name": block.get("name"), "input": block.get("input")}
+    return [{"id": str(block.get("id")), "name": block.get("name"), "input": block.get("input")}
             for block in _dicts(content) if block.get("type") == "tool_use"]
 
 
@@ -3459,14 +3459,14 @@ def transcript(messages: Sequence[Any]) -> List[Json]:
     return ([first] if first else []) + kept[::-1]
 
 
-# How texts begin that Claude Code puts into the user's turns (2.1.331): reminders, outputs of
-# commands, and the summary of an earlier part.
-NOT_TYPED = ("<system-reminder>", "<bash-", "<local-command-", "<task-notification>",
-             "This session is being continued from a previous conversation")
+# Claude Code puts reminders, outputs, selections and messages of others into tags, in the user's
+# turns (2.1.331); and without a tag the summary of an earlier part, and files of skills.
+NOT_TYPED = re.compile(r"\s*(?:<[a-zA-Z][\w-]*[ >]|This session is being continued from a previous"
+                       r"|Base directory for this skill)")
 
 
 def is_typed(text: str) -> bool:
-    return not text.lstrip().startswith(NOT_TYPED)
+    return not NOT_TYPED.match(text)
 
 
 def transcript_entries(message: Any) -> Iterator[Json]:
@@ -3497,8 +3497,10 @@ def verdicts(text: str, calls: Sequence[Json]) -> Json:
         given = None
     rows: Dict[str, List[Json]] = {}
     for row in _dicts(given.get("verdicts")) if isinstance(given, dict) else ():
-        rows.setdefault(str(row.get("id")), []).append(row)
-    return {call["id"]: verdict(rows.get(call["id"], [])) for call in calls}
+        if isinstance(row.get("id"), str):
+            rows.setdefault(row["id"], []).append(row)
+    ids = Counter(call["id"] for call in calls)
+    return {id_: verdict(rows.get(id_, []) if n == 1 else []) for id_, n in ids.items()}
 
 
 def verdict(rows: Sequence[Json]) -> Json:
@@ -5019,7 +5021,7 @@ class OpenAI(Upstream):
         if model == "default" and listed:
             model = next(iter(listed))
         elif listed and not self._offers(model, listed):
-            near = difflib.get_close_matches(model, listed, 3, 0.4)
+            near = difflib.get_close_matches(model, list(listed)[:1000], 3, 0.4)
             raise ProxyError(404, "model: %s is not offered%s" % (
                 exchange.model, "; there are %s" % ", ".join(near) if near else ""))
         body = dict(body, model=model)
@@ -5390,7 +5392,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.draining = False
         self.warned: set = set()
         self._answered, self._quiet_since = 0, 0.0  # for tidy
-        self._spare = os.open(os.devnull, os.O_RDONLY)  # a descriptor, for when none is left
+        self._spare: Optional[int] = os.open(os.devnull, os.O_RDONLY)  # for when none is left
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
 
@@ -5412,7 +5414,7 @@ class ProxyServer(ThreadingHTTPServer):
             if exc.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
         LOG.warning("no file descriptor is left for a connection (ulimit -n)")
-        os.close(self._spare)
+        self.close_spare()
         with contextlib.suppress(OSError):
             connection, _ = super().get_request()
             with contextlib.closing(connection):
@@ -5423,6 +5425,12 @@ class ProxyServer(ThreadingHTTPServer):
         with contextlib.suppress(OSError):
             self._spare = os.open(os.devnull, os.O_RDONLY)
         raise OSError("no file descriptor is left")
+
+    def close_spare(self) -> None:
+        """Once: its number may be another's by then."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if not self.connections.add(request):
@@ -5473,7 +5481,7 @@ class ProxyServer(ThreadingHTTPServer):
 
     def server_close(self) -> None:
         super().server_close()
-        os.close(self._spare)
+        self.close_spare()
         LOG.removeFilter(self.secrets)
         self.heartbeat.stop()
         self.upstream.close()
@@ -5778,7 +5786,8 @@ class ProxyHandler(HTTPHandler):
                     error.status, self.command, self.subject(), error.message, self.request_id)
         if self.admitted and not self.logged:  # strangers could crowd out the others
             hide = self.server.secrets.hide
-            self.server.traffic.add({"status": error.status, "error": hide(error.message)[:300],
+            shown = "" if self.server.config.client_keys else error.message
+            self.server.traffic.add({"status": error.status, "error": hide(shown)[:300],
                                      "requested": hide(self.subject())})
         try:
             if self.stream and self.stream.committed:
@@ -5959,7 +5968,8 @@ class ProxyHandler(HTTPHandler):
                 "%(request_id)s",
                 dict(fields, cost=shown, first_ms=fields["first_ms"] or "-", why=why),
                 extra={"fields": dict(fields, error=problem) if problem else fields})
-        server.traffic.add(dict(fields, error=server.secrets.hide(problem)[:300]))
+        shown = "" if server.config.client_keys else problem  # it is another client's business
+        server.traffic.add(dict(fields, error=server.secrets.hide(shown)[:300]))
         self.logged = True
         if usage.get("promptTokenCount"):
             server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
@@ -6308,7 +6318,8 @@ function plot(title, unit, minutes, series) {
 }
 
 function connect() {
-  const url = location.origin, token = sessionStorage.getItem("token") || "local";
+  const url = location.origin, kept = sessionStorage.getItem("token") || "local";
+  const token = /^[\\w.-]+$/.test(kept) ? kept : "YOUR_TOKEN";  // nothing that a shell would run
   const names = [["ANTHROPIC_BASE_URL", url], ["ANTHROPIC_AUTH_TOKEN", token]];
   const shells = Object.entries({"sh, bash, zsh": n => "export " + n.join("="),
     fish: n => "set -gx " + n.join(" "), PowerShell: n => `$env:${n[0]} = '${n[1]}'`,
