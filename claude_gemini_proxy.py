@@ -80,8 +80,8 @@ if sys.version_info < (3, 8):  # here: a class below could not be made
     sys.exit("claude_gemini_proxy needs Python 3.8 or newer")
 
 __version__ = "1.1.0"
-__all__ = ["Config", "ProxyError", "events_from_gemini", "load_config", "make_server",
-           "message_from_events", "to_gemini"]
+__all__ = ["Config", "DemoModel", "MessageEmitter", "ProxyError", "events_from_gemini",
+           "load_config", "make_server", "message_from_events", "to_gemini"]
 
 Json = Dict[str, Any]
 LOG = logging.getLogger("claude_gemini_proxy")
@@ -354,6 +354,7 @@ def parse_secret(value: str) -> str:
 parse_host = matching(r"(?=.{1,253}$)(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}(?:\.(?!$)|$))+"
                       r"|(?=.{2,45}$)[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}",
                       "be a host name or an IP address")
+parse_token = matching("[!-~]+", "be printable ASCII without white space")
 parse_url = matching(r"https?://(?:\[[0-9A-Fa-f:]+\]|[^/?#@\[\]\s]+)(/[^?#@\s]*)?",
                      "look like https://host/v1beta, with http or https and a version",
                      lambda url: url.rstrip("/"))
@@ -467,7 +468,7 @@ class Config:
     port: int = setting(8318, "port to listen on; 0 takes a free one", whole(0, 65535),
                         also={"PROXY_LISTEN_ADDR": lambda v: host_port(v)[1]})
     proxy_auth_token: str = setting(
-        "", "token that clients must send, as x-api-key or Bearer", parse_secret, secret=True)
+        "", "token that clients must send, as x-api-key or Bearer", parse_token, secret=True)
     client_keys: bool = setting(False, "true: a client's token is its own Gemini key", parse_bool)
     default_gemini_model: str = setting("gemini-3.8-flash", "model for all other names")
     big_model: str = setting("", "model for opus, sonnet and others (empty: DEFAULT_GEMINI_MODEL)")
@@ -527,14 +528,18 @@ class Config:
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
                              "or leave HOST at 127.0.0.1" % SECRETS.sub("[key]", self.host))
+        stand_ins = (self.safeguards_model, *self.fallback_models)
         targets = [target for _, target in self.model_map] + [
-            self.big_model, self.safeguards_model, self.default_gemini_model, self.small_model,
-            self.opus_model, self.sonnet_model, self.anthropic_model, *self.fallback_models]
+            self.big_model, self.default_gemini_model, self.small_model, self.opus_model,
+            self.sonnet_model, self.anthropic_model, *stand_ins]
         for name in filter(None, targets):
             try:
-                route_to(name, self)
+                route = route_to(name, self)
             except ProxyError as error:  # no request could be answered
                 raise ValueError(error.message) from None
+            if route.upstream == "anthropic" and name in stand_ins:
+                raise ValueError("%s passes through as it is: it cannot be in FALLBACK_MODELS or "
+                                 "SAFEGUARDS_MODEL" % name)
 
     @property
     def keys(self) -> Tuple[str, ...]:
@@ -824,7 +829,7 @@ def check_dotenv_upstreams(environ: Mapping[str, str], dotenv: Mapping[str, str]
         moves = [name for name, _ in given(names, dotenv) if name != "CLIENT_KEYS"]
         bases = [name for name in moves if name.endswith(("BASE", "URL", "ENDPOINT"))]
         refuse_pair(dotenv, bases if in_use[upstream] else moves, first)
-        refuse_pair(dotenv, bases, "CLIENT_KEYS" if dotenv.get("CLIENT_KEYS") else "")
+        refuse_pair(dotenv, bases, next((name for name, _ in given(("client_keys",), dotenv)), ""))
 
 
 def refuse_pair(dotenv: Mapping[str, str], names: Sequence[str], other: str) -> None:
@@ -841,7 +846,7 @@ def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Iterator[Tuple
             text = mapping.get(name) or ""
             with contextlib.suppress(ValueError, RecursionError):  # told where it is read
                 text = read(text) if text else ""
-            if text:
+            if text and not (row.default is False and text.lower() in ("0", "false", "no", "off")):
                 yield name, text
 
 
@@ -1336,8 +1341,9 @@ def read_history(request: Json, t: Translation) -> List[Json]:
     t.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
     history.system += system_texts(request.get("system"), "system")
     turns = to_turns(request["messages"], history)
-    first_texts = (block.get("text") for turn in turns[:1] for _, block in turn.blocks)
-    history.session = short_hash(str(next(first_texts, ""))[:4000])
+    first_texts = (block["text"] for turn in turns[:1] for _, block in turn.blocks
+                   if isinstance(block.get("text"), str))
+    history.session = short_hash(next(first_texts, "")[:4000])
     contents: List[Json] = []
     for turn in turns:  # the fold: each one moves `history` on
         if turn.role == "user":
@@ -2343,7 +2349,8 @@ def with_dummy_signatures(body: Json) -> Json:
 
 
 def with_other_level(body: Json) -> Json:
-    """The same request with the next lower thinking level; below LOW, without one."""
+    """The same request with the next lower thinking level (LOW instead of MINIMAL, which not all
+    models have); below LOW, without one."""
     level = LOWER_LEVELS.get(thinking_level(body))
     if not level:
         return without_thinking_config(body)
@@ -4207,6 +4214,7 @@ class Exchange:
         self.stream, self.client_key, self.translate = stream, client_key, translate
         self.owner = short_hash(client_key) if client_key else ""  # whose caches and connections
         self.session = ""               # that the client names
+        self.token = ""                 # of GEMINI_TOKEN_COMMAND, that was sent
         self.retries = 0                # for the log
         self.key_number = 0
         self.started = time.monotonic()
@@ -4218,18 +4226,19 @@ class Exchange:
 
     def use_route(self, route: Route) -> None:
         """Begin with a model: its own translation, and all tries."""
-        self.route, self.model = route, route.name
         self.translation = self.translate(route=route)
+        self.route, self.model = route, route.name
         self.body: Optional[Json] = None      # as it is sent: translated, then repaired
         self.repaired: Dict[str, str] = {}    # name of a repair -> the message that asked for it
         self.failures = self.key_changes = 0
 
     def next_route(self) -> bool:
-        """Go on to the next model, if there is one."""
-        position = self.routes.index(self.route) + 1
-        if position < len(self.routes):
-            self.use_route(self.routes[position])
-        return position < len(self.routes)
+        """Go on to the next model that takes the request, if there is one."""
+        for route in self.routes[self.routes.index(self.route) + 1:]:
+            with contextlib.suppress(ProxyError):  # an image that it does not take, for example
+                self.use_route(route)
+                return True
+        return False
 
     def use(self, connection: Any) -> None:
         """Note the connection in use, None after use; raises if the client has left."""
@@ -4257,13 +4266,13 @@ _CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK,
 
 def connect_socket(exchange: Exchange, address: Tuple[str, int], timeout: float,
                    source: Any = None) -> socket.socket:
-    """socket.create_connection, but it ends within half a second after the client has left."""
-    deadline = time.monotonic() + timeout
+    """socket.create_connection, but it ends within half a second after the client has left. Each
+    address has the whole timeout: the first may be IPv6 where none gets through."""
     for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
         with contextlib.ExitStack() as failed:
             sock = failed.enter_context(socket.socket(family, kind, protocol))
             sock.setblocking(False)
-            code = sock.connect_ex(place)
+            code, deadline = sock.connect_ex(place), time.monotonic() + timeout
             while code in _CONNECTING and time.monotonic() < deadline:
                 if is_ready(sock, to_write=True, seconds=0.5):
                     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -4272,7 +4281,9 @@ def connect_socket(exchange: Exchange, address: Tuple[str, int], timeout: float,
                 failed.pop_all()
                 sock.settimeout(timeout)
                 return sock
-    raise socket.timeout() if code in _CONNECTING else OSError(code, os.strerror(code))
+    if code in _CONNECTING:
+        raise socket.timeout("no connection within %g s" % timeout)
+    raise OSError(code, os.strerror(code))
 
 
 class TLSConnection(http.client.HTTPSConnection):
@@ -4353,7 +4364,7 @@ class Response:
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. Raises HTTPException if it ends too early, ProxyError if it is too
         large."""
-        decoder = ChunkedDecoder(ANSWER_LIMIT) if self._chunked else None
+        decoder = ChunkedDecoder() if self._chunked else None
         total = 0
         while not self.at_end and self._left:
             data = self._file.read1(65536 if self._left < 0 else min(65536, self._left))
@@ -4516,7 +4527,8 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
     if exchange.disconnected.is_set():
         return ProxyError(499, "the client has left")
     if isinstance(reason, socket.timeout):
-        return ProxyError(504, "%s was silent for too long (REQUEST_TIMEOUT)." % name)
+        why = str(reason) if "no connection" in str(reason) else "REQUEST_TIMEOUT"
+        return ProxyError(504, "%s was silent for too long (%s)." % (name, why))
     if isinstance(reason, ssl.SSLCertVerificationError):
         return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE "
                           "to your CA bundle." % reason.verify_message, should_retry=False)
@@ -4630,13 +4642,18 @@ class Upstream:
             return True
         # Only what may pass by itself: overload, faults, resets, short limits. Silence is not.
         short = error.status == 429 and (error.retry_after or 0) <= self.LONGEST_WAIT
-        if (not (short or error.transient) or error.should_retry is False
-                or exchange.failures >= self._config.max_retries
-                or time.monotonic() - exchange.started >= self.TOTAL_SECONDS
-                or 0 < exchange.deadline <= time.monotonic()):
+        if not (short or error.transient) or error.should_retry is False:
+            return False
+        return self.wait_to_retry(exchange, error.retry_after)
+
+    def wait_to_retry(self, exchange: Exchange, seconds: Optional[float] = None) -> bool:
+        """Wait before another try; False if there is none left, or no time for one."""
+        now = time.monotonic()
+        if (exchange.failures >= self._config.max_retries
+                or now - exchange.started >= self.TOTAL_SECONDS or 0 < exchange.deadline <= now):
             return False
         # Full jitter: a random time up to a limit that doubles, so that clients spread out.
-        seconds = error.retry_after or secrets.SystemRandom().uniform(
+        seconds = seconds or secrets.SystemRandom().uniform(
             0, self.BACKOFF_SECONDS * min(16, 2 ** exchange.failures))
         exchange.failures += 1
         if exchange.disconnected.wait(seconds):
@@ -4736,8 +4753,8 @@ class Upstream:
         if 200 <= response.status < 300:
             return
         if response.status == 401:
-            with self._lock:
-                self._token = ""
+            with self._lock:  # another request may have made a new one meanwhile
+                self._token = "" if self._token == exchange.token else self._token
         raise self._response_error(response, exchange)  # no variable: it would hold this frame
 
     def _response_error(self, response: Response, exchange: Exchange) -> ProxyError:
@@ -4763,7 +4780,7 @@ class Upstream:
         return chunks
 
     def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
-        keys = self.key_list + (exchange.client_key, self._token)
+        keys = self.key_list + (exchange.client_key, exchange.token)
         return upstream_error(status, raw, exchange.model, keys, self.NAME, self.KEY_SETTING)
 
     def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
@@ -4930,11 +4947,13 @@ class Gemini(Upstream):
         if not self._config.gemini_token_command:
             return super().rotate_key(error, exchange)
         exchange.key_changes += 1
-        return error.status == 403 and not self._token and exchange.key_changes == 1
+        return (error.status == 403 and self._token != exchange.token
+                and exchange.key_changes == 1)
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
-            return {"Authorization": "Bearer " + self._command_token(exchange)}
+            exchange.token = self._command_token(exchange)
+            return {"Authorization": "Bearer " + exchange.token}
         if self._config.gemini_auth_type == "bearer":
             return super().authorization(exchange)
         return {"x-goog-api-key": self.next_key(exchange)}
@@ -5127,7 +5146,6 @@ class Upstreams:
     """The configured upstreams by name."""
 
     def __init__(self, config: Config, only: Optional[Upstream] = None) -> None:
-        self.max_retries = config.max_retries
         bases = [config.base(name) for name in config.upstreams]
         self._pool = ConnectionPool(any(base.startswith("https:") for base in bases))
         opener = urllib.request.OpenerDirector()
@@ -5182,17 +5200,16 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
     next model of FALLBACK_MODELS; and so is an empty answer. A stream that breaks is asked for
     again only while the client has seen nothing of it.
     """
-    max_retries, first_error = upstreams.max_retries, None  # a copy: see ProxyError.copy
+    first_error = None  # a copy: see ProxyError.copy
     while True:
         upstream = upstreams.of(exchange.route)
         try:
             for batch, is_last in upstream.attempt(exchange):
                 emitter.adopt(exchange.translation)
                 feed(batch, is_last)
-            if not emitter.is_empty or exchange.failures >= max_retries:
+            if not emitter.is_empty or not upstream.wait_to_retry(exchange):
                 return
             LOG.debug("%s: empty or malformed (%s)", exchange.model, emitter.finish_reason)
-            exchange.failures += 1
         except ProxyError as error:
             if emitter.has_started:
                 raise
@@ -5349,8 +5366,10 @@ class Secrets(logging.Filter):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self._keys = [key for row in dataclasses.fields(Config) if row.metadata["secret"]
-                      for key in parse_names(getattr(config, row.name)) if len(key) > 7]
+        values = [getattr(config, row.name) for row in dataclasses.fields(Config)
+                  if row.metadata["secret"]]
+        self._keys = [key for value in values for key in (value, *parse_names(value))
+                      if len(key) > 7]
 
     def hide(self, text: str) -> str:
         for key in self._keys:
@@ -5358,7 +5377,8 @@ class Secrets(logging.Filter):
         return SECRETS.sub("[key]", text)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self.hide(record.getMessage()[:LOG_LINE_LIMIT]), None
+        record.msg, record.args = self.hide(record.getMessage())[:LOG_LINE_LIMIT], None
+        record.hide = self.hide  # for a traceback, which a formatter makes
         if hasattr(record, "fields"):
             record.fields = {name: self.hide(value) if isinstance(value, str) else value
                              for name, value in record.fields.items()}
@@ -5818,18 +5838,25 @@ class ProxyHandler(HTTPHandler):
         server.metrics.add(*(("signatures_total", count, (("kind", kind),))
                              for kind, count in exchange.translation.history.signatures.items()))
         if server.config.debug:
-            LOG.debug("%s client: %s", self.request_id, redacted_body(request))
-            LOG.debug("%s upstream: %s", self.request_id, redacted_body(exchange.translation.body))
+            hide = server.secrets.hide
+            LOG.debug("%s client: %s", self.request_id, redacted_body(request, hide))
+            LOG.debug("%s upstream: %s", self.request_id,
+                      redacted_body(exchange.translation.body, hide))
         remember = server.signatures.of(exchange.client_key).put
         emitter = MessageEmitter(request["model"], new_id, remember,
                                  exchange.translation, estimate,
                                  bool(request.get("context_management")))
+        self.answer(exchange, emitter, self.respond_json)
+
+    def answer(self, exchange: Exchange, emitter: MessageEmitter,
+               respond: Callable[[Json], None]) -> None:
+        """Send the answer, a whole one with `respond`, and note what became of it."""
         status, problem = 500, ""
         try:
-            if request.get("stream"):
+            if exchange.request.get("stream"):
                 self.stream_answer(exchange, emitter)
             else:
-                self.respond_json(self.whole_answer(exchange, emitter))
+                respond(self.whole_answer(exchange, emitter))
             status = 200
         except ProxyError as error:
             status, problem = error.status, error.message
@@ -5959,7 +5986,7 @@ class ProxyHandler(HTTPHandler):
         fields = self.log_fields(exchange, emitter, status)
         cost = fields["cost"]
         shown = ("$%.4f" % cost if cost is not None
-                 else "no price" if emitter.usage or emitter.spent else "no cost")
+                 else "no price" if emitter.usage or any(emitter.spent) else "no cost")
         why = self.why(emitter, status, problem)
         LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
                 "%(status)s %(requested)s -> %(model)s %(finish)s, tokens in %(input)s (cached "
@@ -6032,9 +6059,10 @@ class ProxyHandler(HTTPHandler):
             except (OSError, http.client.HTTPException, ProxyError) as exc:
                 raise ConnectionAbortedError("the answer was cut") from exc
         total = round((time.monotonic() - exchange.started) * 1000)
-        LOG.info("%d %s -> %s, passed through, total %d ms; %s", response.status, requested[:100],
+        requested = server.secrets.hide(requested[:100])
+        LOG.info("%d %s -> %s, passed through, total %d ms; %s", response.status, requested,
                  route.name, total, self.request_id)
-        server.traffic.add({"status": response.status, "requested": requested[:100],
+        server.traffic.add({"status": response.status, "requested": requested,
                             "total_ms": total})
         return True
 
@@ -6127,11 +6155,13 @@ class ProxyHandler(HTTPHandler):
         entries, size = server.signatures.size()
         self.respond_json({
             **server.traffic.last_hour(), "name": "claude_gemini_proxy", "version": __version__,
-            "settings": {row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
-                         if not row.metadata["secret"]},
+            "settings": json.loads(hide(json.dumps({
+                row.name: getattr(config, row.name) for row in dataclasses.fields(Config)
+                if not row.metadata["secret"]}))),
             "uptime_seconds": round(time.time() - server.started),
             "keys": server.upstream.key_states(),
-            "models": {tier: resolve_model("claude-" + tier, config).name for tier in TIERS},
+            "models": {tier: hide(resolve_model("claude-" + tier, config).name)
+                       for tier in TIERS},
             "signatures": {"entries": entries, "bytes": size},
             "live": [{"requested": hide(exchange.request["model"][:100]),
                       "model": hide(exchange.model),
@@ -6143,17 +6173,21 @@ class ProxyHandler(HTTPHandler):
 
     def handle_test_connection(self, path: str) -> None:
         """GET /test-connection: one small real answer"""
-        route = resolve_model("claude-haiku", self.server.config)
-        request = {"model": route.name, "max_tokens": 16,
+        request = {"model": "claude-haiku", "max_tokens": 16,
                    "messages": [{"role": "user", "content": "Say ok."}]}
-        translate = functools.partial(translated, request, self.server.config)
-        exchange = Exchange(request, [route], translate, client_key=self.client_key())
-        emitter = MessageEmitter(route.name, new_id, lambda key, signature: None,
-                                 exchange.translation)
-        message = self.whole_answer(exchange, emitter)
-        self.respond_json({"status": "ok", "model": route.name,
-                           "milliseconds": round((time.monotonic() - exchange.started) * 1000),
-                           "answer": "".join(b.get("text", "") for b in message["content"])[:100]})
+        self.requested = request["model"]
+        exchange, estimate = self.make_exchange(request, len(str(request)))
+        self.check_budget(exchange)
+        emitter = MessageEmitter(exchange.model, new_id, lambda key, signature: None,
+                                 exchange.translation, estimate)
+
+        def respond(message: Json) -> None:
+            texts = [block.get("text", "") for block in message["content"]]
+            total = round((time.monotonic() - exchange.started) * 1000)
+            self.respond_json({"status": "ok", "model": exchange.model, "milliseconds": total,
+                               "answer": "".join(texts)[:100]})
+
+        self.answer(exchange, emitter, respond)
 
 
 TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
@@ -6205,9 +6239,9 @@ def model_list(models: Optional[Mapping[str, Json]], answers: Mapping[str, str])
                     for prefix in ("claude-", "") if not prefix or "/" not in id_ or others <= 50]
 
 
-def redacted_body(body: Json) -> str:
-    """A body for the log: cut, and without anything that looks like a key."""
-    text = SECRETS.sub("[key]", json.dumps(body))
+def redacted_body(body: Json, hide: Callable[[str], str]) -> str:
+    """A body for the log: without keys, then cut."""
+    text = hide(json.dumps(body))
     if len(text) > 4000:
         text = "%s ... (%d more) ... %s" % (text[:2500], len(text) - 4000, text[-1500:])
     return text
@@ -6497,12 +6531,13 @@ class LogLines(logging.Formatter):
         self._as_json, self._coloured = as_json, coloured
 
     def format(self, record: logging.LogRecord) -> str:
+        hide = getattr(record, "hide", str)
         if self._as_json:
             fields = dict({"time": self.formatTime(record), "level": record.levelname.lower()},
                           **getattr(record, "fields", {"message": record.getMessage()}))
-            fields.update({"trace": super().format(record)} if record.exc_info else {})
+            fields.update({"trace": hide(super().format(record))} if record.exc_info else {})
             return json.dumps(fields)
-        return super().format(record)
+        return hide(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = escaped(super().formatMessage(record))
@@ -6517,9 +6552,10 @@ class LogLines(logging.Formatter):
 
 
 def takes_colours(stream: Any) -> bool:
-    """Whether a terminal shows colours; the old console of Windows does not."""
+    """Whether a terminal shows colours. Windows' old console does not, and cannot be told from the
+    new one: both inherit WT_SESSION."""
     return (stream is not None and stream.isatty() and not os.environ.get("NO_COLOR")
-            and (os.name != "nt" or bool(os.environ.get("WT_SESSION"))))
+            and os.name != "nt")
 
 
 def escaped(text: str, kept: str = "") -> str:
@@ -6592,8 +6628,9 @@ def client_environment(url: str, token: str, environ: Mapping[str, str], name: s
         wanted["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(entry["max_tokens"])
     wanted = {name: environ.get(name) or value for name, value in wanted.items()}
     no_proxy = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
-    no_proxy = ",".join(filter(None, [no_proxy, "127.0.0.1", "localhost"]))
-    wanted["NO_PROXY"] = wanted["no_proxy"] = no_proxy
+    hosts = dict.fromkeys([*parse_names(no_proxy), "127.0.0.1", "localhost",
+                           urllib.parse.urlsplit(url).hostname or ""])
+    wanted["NO_PROXY"] = wanted["no_proxy"] = ",".join(filter(None, hosts))
     return dict(wanted, ANTHROPIC_BASE_URL=url, ANTHROPIC_AUTH_TOKEN=token)
 
 
@@ -6642,7 +6679,7 @@ def fit_descriptors(config: Config) -> Config:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * config.max_connections + OTHER_DESCRIPTORS
     for limit in (needed, 10240):  # macOS says that it has no limit, and takes no more than this
-        if 0 <= soft < limit and (hard < 0 or limit <= hard):
+        if 0 <= soft < min(limit, needed) and (hard < 0 or limit <= hard):
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
                 soft = limit
@@ -6655,7 +6692,7 @@ def fit_descriptors(config: Config) -> Config:
 
 
 def serve(server: ProxyServer, demo: bool) -> int:
-    """Serve until SIGTERM, SIGHUP or Ctrl-C, then finish the answers in progress; a second signal
+    """Serve until a signal (Ctrl-C is one), then finish the answers in progress; a second signal
     ends at once."""
     stop = threading.Event()
 
@@ -6664,9 +6701,10 @@ def serve(server: ProxyServer, demo: bool) -> int:
             os._exit(128 + number)
         stop.set()
 
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), on_signal)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, on_signal)
     announce(server, demo)
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not stop.wait(1):  # on Windows a signal does not end a wait
@@ -6725,6 +6763,11 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
         values["CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST"] = "1"
     else:  # Claude Code's TUI asks about a key that it does not know; others read nothing else
         values["ANTHROPIC_API_KEY"] = server.config.proxy_auth_token
+    if is_unsafe_for_cmd(program, command[1:]):
+        complain("%s is a script of cmd.exe, which would run or change what an argument holds: "
+                 "leave out quotes, line breaks and any of & | < > ^ %% !" % program)
+        server.drain(0)
+        return 127
     try:
         child = subprocess.Popen([program] + list(command[1:]), env=dict(environ, **values))
     except OSError as exc:
@@ -6737,6 +6780,13 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     server.drain(0)
     complain(used_line(server.traffic, is_claude_code(command)))
     return 128 - status if status < 0 else status
+
+
+def is_unsafe_for_cmd(program: str, arguments: Sequence[str]) -> bool:
+    """Python's quoting is not cmd's. https://github.com/python/cpython/issues/114539 (read
+    2026-11-25)"""
+    return program.lower().endswith((".cmd", ".bat")) and any(
+        re.search('["%&|<>^!\\r\\n]', argument) for argument in arguments)
 
 
 # https://code.claude.com/docs/en/settings (read 2026-11-24)
@@ -7002,7 +7052,7 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
 def prompt_of(words: Sequence[str]) -> str:
     """The words behind `ask`, or standard input; "" for flags that it does not know."""
     if list(words) == ["-"]:
-        return sys.stdin.buffer.read().decode("utf-8", "replace") if sys.stdin else ""
+        return sys.stdin.buffer.read().decode("utf-8-sig", "replace") if sys.stdin else ""
     return "" if words and words[0].startswith("-") else " ".join(words)
 
 
@@ -7025,7 +7075,8 @@ def print_events(events: Iterable[Json]) -> None:
 
 DOTENV_LIMIT = 1 << 16
 NO_KEY = """No Gemini key. Either
-  export GEMINI_API_KEY=...   (a free one: https://aistudio.google.com/apikey)
+  export GEMINI_API_KEY=...   (a free one: https://aistudio.google.com/apikey;
+                              in PowerShell: $env:GEMINI_API_KEY = '...')
   or OPENROUTER_API_KEY, or OPENAI_API_BASE for a server of your own,
   or try the built-in offline model:  python3 claude_gemini_proxy.py --demo"""
 

@@ -2645,7 +2645,8 @@ class State(unittest.TestCase):
         raws = [json.dumps(body, separators=separators, ensure_ascii=False).encode()
                 for body in bodies for separators in ((",", ":"), (", ", ": "))]
         raws += [raws[0][:-1] + end for end in (
-            b',"tools":[]}', b',"tools":7}', b',"x\\"tools":[1]}', b"", b',"y":NaN}', b',"z":"\xff"}',
+            b',"tools":[]}', b',"tools":7}', b',"x\\"tools":[1]}', b"", b',"y":NaN}',
+            b',"z":"\xff"}',
             b',"tools":[{"name":"\\ud800"}]}', b',"tools":[{"n":1e999}]}', b',"tools":[1,}')]
         for raw in raws * 3:
             with self.subTest(raw):
@@ -3350,6 +3351,12 @@ class Delivery(ProxyCase):
         self.assertEqual(answer(r, request()), [("text", "[The model gave an empty answer.]")])
         self.assertEqual(len(r.fake.requests), 3)
 
+    def test_an_empty_answer_is_not_asked_for_again_when_time_is_up(self):
+        with mock.patch.object(proxy.Upstream, "TOTAL_SECONDS", 0.0):
+            r = self.run_proxy(lambda *args: [{}])
+            self.assertEqual(answer(r, request()), [("text", "[The model gave an empty answer.]")])
+        self.assertEqual(len(r.fake.requests), 1)
+
     def repaired(self, message, is_repaired):
         """Send twice to a Gemini that refuses with `message` -> requests after each of them."""
         def script(body, model_, path):
@@ -3734,6 +3741,28 @@ class Retries(ProxyCase):
         self.assertEqual([r.ask(request())[0] for _ in range(3)], [200, 200, 200])
         tokens = [q["headers"]["authorization"] for q in r.fake.requests]
         self.assertEqual([a == b for a, b in zip(tokens, tokens[1:])], [True, False, True])
+
+    def test_a_late_401_for_an_old_token_does_not_drop_the_new_one(self):
+        gate = threading.Event()
+        r = self.run_proxy([OK_ANSWER], gemini_api_key="", gemini_token_command="mktemp -u")
+        r.ask(request())
+        first = r.fake.requests[0]["headers"]["authorization"]
+
+        def script(*args):
+            if len(r.fake.requests) == 2:  # the slow one
+                gate.wait(5)
+            sent = r.fake.requests[-1]["headers"]["authorization"]
+            is_old = len(r.fake.requests) == 2 or sent == first
+            return error_body(401, "Expired.", "UNAUTHENTICATED") if is_old else OK_ANSWER
+        r.fake.script, statuses = script, []
+        slow = threading.Thread(target=lambda: statuses.append(r.ask(request("slow"))[0]))
+        slow.start()
+        self.assertTrue(wait_for(lambda: len(r.fake.requests) == 2))
+        self.assertEqual(r.ask(request("quick"))[0], 200)  # with the second token
+        gate.set()
+        slow.join(10)
+        self.assertEqual(statuses, [200])
+        self.assertEqual(len({q["headers"]["authorization"] for q in r.fake.requests}), 2)
 
 
 # ---- 13. Connections ------------------------------------------------------------------------
@@ -4184,6 +4213,31 @@ MDYyAv0mvGVCc/Yo5DmPt330hGYd530WChiU8fPM4u1tc3bNGO5VCsfQ
 """
 
 
+class SilentAddress(ProxyCase):
+    def test_each_address_of_a_host_has_its_own_time(self):
+        silent = socket.create_server(("127.0.0.1", 0), backlog=1)
+        self.addCleanup(silent.close)
+        for _ in range(4):  # until its queue is full, and no connection is accepted
+            waiting = socket.socket()
+            waiting.setblocking(False)
+            waiting.connect_ex(silent.getsockname())
+            self.addCleanup(waiting.close)
+        live = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(live.close)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", server.getsockname())
+                 for server in (silent, live)]
+        exchange = proxy.Exchange({}, [proxy.Route("gemini", "x")], lambda route: None)
+        with mock.patch.object(socket, "getaddrinfo", lambda *args: found):
+            with proxy.connect_socket(exchange, ("x", 1), 0.3) as sock:
+                self.assertEqual(sock.getpeername(), live.getsockname())
+        found.pop()
+        with mock.patch.object(socket, "getaddrinfo", lambda *args: found), \
+                self.assertRaisesRegex(socket.timeout, "no connection within 0.3 s") as caught:
+            proxy.connect_socket(exchange, ("x", 1), 0.3)
+        error = proxy.connection_error(caught.exception, exchange, "Gemini")
+        self.assertIn("(no connection within 0.3 s)", error.message)
+
+
 class CompanyNetworks(ProxyCase):
     """An upstream with a private certificate authority, and a company's proxy before it."""
 
@@ -4293,6 +4347,29 @@ class Endpoints(ProxyCase):
         self.assertEqual(self.get_json(r, "/health"),
                          {"status": "ok", "version": proxy.__version__})
         self.assertEqual(self.get_json(r, "/api/hello"), {})
+
+    def test_a_connection_test_counts_like_any_request(self):
+        r = self.run_proxy(budget_usd=0.00001)
+        with captured_log() as lines:
+            self.get_json(r, "/test-connection")
+            self.assertTrue(wait_for(lambda: lines))
+            self.assertRegex(lines[0], "^200 claude-haiku -> gemini-3.5-flash-lite STOP")
+            self.assertEqual(r.send("GET", "/test-connection")[0], 402)
+
+    def test_keys_in_the_wrong_setting_or_a_traceback_are_hidden(self):
+        r = self.run_proxy(gemini_api_key="k" * 20, big_model="AIza" + "x" * 35)
+        self.assertNotIn(b"AIzaxxxx", r.send("GET", "/")[2])
+        with captured_log(formatter=proxy.LogLines(False, False)) as lines:
+            try:
+                raise KeyError("k" * 20)
+            except KeyError:
+                proxy.LOG.exception("x")
+            proxy.LOG.error("%s", "x" * (proxy.LOG_LINE_LIMIT - 10) + "k" * 20)
+        self.assertNotIn("kkkk", "".join(lines))
+        self.assertIn("[key]", lines[0])
+        body = {"a": "x" * 2480 + "k" * 20 + "y" * 4000}
+        hidden = proxy.redacted_body(body, r.server.secrets.hide)
+        self.assertNotIn("kkkk", hidden)
 
     def test_a_model_is_described_with_all_fields_that_the_SDKs_require(self):
         r = self.run_proxy()
@@ -5734,10 +5811,19 @@ class OtherUpstreams(ProxyCase):
         self.assertEqual(answer(r, request(tools=[long])), [("tool_use", (long["name"], {}))])
         self.assertEqual(fake.refusals, [])
 
-    def test_a_fallback_to_anthropic_that_cannot_answer_does_not_hide_the_first_error(self):
-        r = self.run_proxy(lambda *args: QUOTA_ANSWER, fallback_models="anthropic/claude-x",
-                           anthropic_api_key="k", max_retries=0)
-        self.assertEqual(r.ask(request())[0], 429)
+    def test_what_passes_through_stands_in_for_nothing(self):
+        for name in ("fallback_models", "safeguards_model"):
+            with self.assertRaisesRegex(ValueError, "passes through as it is"):
+                dataclasses.replace(CONFIG, anthropic_api_key="k", **{name: "anthropic/claude-x"})
+
+    def test_a_fallback_that_does_not_take_the_request_does_not_hide_the_first_error(self):
+        fake = self.fake_openai(lambda body: QUOTA_ANSWER)
+        r = self.run_proxy(openai_api_key="ok", openai_api_base=fake.url, max_retries=0,
+                           fallback_models=FLASH)
+        turn = {"role": "user", "content": [text("x"), image(GIF, "image/gif")]}
+        body = request(turn, model="openai/m")
+        self.assertEqual(r.ask(body)[0], 429, fake.refusals)
+        self.assertEqual(r.fake.requests, [])
 
     def stream_end(self, *pieces, length=b"", behind=None, last_seconds=0.1):
         """The events of a stream of chunks, bytes and pauses; `behind`: what comes again and again
@@ -6022,6 +6108,19 @@ class Settings(unittest.TestCase):
                 self.load(env, {}, {"GEMINI_API_BASE": "http://x"})
         config = self.load({}, {}, {"GEMINI_API_BASE": "http://x", "GEMINI_API_KEY": "k"})
         self.assertEqual(config.gemini_api_base, "http://x")
+
+    def test_client_keys_that_are_off_are_no_key(self):
+        dotenv = {"GEMINI_API_BASE": "http://x", "GEMINI_API_KEY": "k"}
+        for env in ({}, {"CLIENT_KEYS": "false"}, {"CLIENT_KEYS": "0"}):
+            self.assertEqual(self.load(env, {}, dotenv).gemini_api_base, "http://x")
+        with self.assertRaisesRegex(ValueError, "put both in one place"):
+            self.load({}, {}, {"CLIENT_KEYS": "true", "GEMINI_API_BASE": "http://x"})
+
+    def test_a_token_is_one_even_with_commas(self):
+        config = self.load({"GEMINI_API_KEY": "k", "PROXY_AUTH_TOKEN": "first-half,,second"})
+        self.assertEqual(config.proxy_auth_token, "first-half,,second")
+        hidden = proxy.Secrets(config).hide("x first-half,,second first-half")
+        self.assertEqual(hidden, "x [key] [key]")
 
     def test_secrets_are_not_in_the_repr(self):
         config = self.load({"GEMINI_API_KEY": "s3cret", "PROXY_AUTH_TOKEN": "s3cret"})
@@ -6422,6 +6521,8 @@ class Program(ProxyCase):
             found = proxy.client_environment("U", "T", environ, "gemini-x")
             self.assertEqual([found["NO_PROXY"], found["no_proxy"]],
                              [expected + ",127.0.0.1,localhost"] * 2)
+            again = proxy.client_environment("http://[::1]:1", "T", found, "gemini-x")["NO_PROXY"]
+            self.assertEqual(again, expected + ",127.0.0.1,localhost,::1")
 
     def run_client(self, command, *more, **environment):
         """Run a client in this process -> (status, what it prints, errors)."""
@@ -6490,7 +6591,8 @@ class Program(ProxyCase):
                 (256, 4096, 4096, 512, 512), (2000, 4096, 0, 512, 512), (256, -1, 10240, 512, 512),
                 (256, -1, 0, 512, 28), (256, 400, 400, 512, 28), (256, 1224, 1224, 512, 512),
                 (-1, -1, 0, 512, 512), (10, 10, 0, 512, 1), (1224, 1224, 0, 512, 512),
-                (1223, 1223, 0, 512, 511), (256, -1, 10240, 8000, 5020)):
+                (1223, 1223, 0, 512, 511), (256, -1, 10240, 8000, 5020),
+                (1223, -1, 20480, 512, 512)):
             limits = [(soft, hard)]
 
             def setrlimit(kind, pair):
@@ -6505,6 +6607,7 @@ class Program(ProxyCase):
                 self.assertEqual(len(lines), expected < asked, lines)
                 self.assertTrue(expected < asked or soft < 0 or limits[-1][0] >= 1224, limits)
                 self.assertEqual(limits[-1][1], hard)
+                self.assertLessEqual(limits[-1][0], max(soft, 2 * asked + 200))
 
     def test_the_readme_example_of_vendoring_runs(self):
         with open(os.path.join(FOLDER, "README.md"), encoding="utf-8") as file:
@@ -7408,6 +7511,21 @@ class LettingGo(unittest.TestCase):
                 self.assertTrue(data, "the answer was cut")
                 answer += data
             self.assertIn(p.process.poll(), (None, 0))  # it reopened its log, or it ends
+
+    def test_no_argument_reaches_a_script_of_cmd(self):
+        for program_, arguments, unsafe in (
+                ("C:\\x\\claude.CMD", ["-p", "a&b"], True), ("x.bat", ["%PATH%"], True),
+                ("x.cmd", ["a\nb"], True), ("x.cmd", ["-p", "a b"], False),
+                ("/bin/claude", ["a&b"], False), ("claude.exe", ["a&b"], False)):
+            self.assertEqual(proxy.is_unsafe_for_cmd(program_, arguments), unsafe)
+
+    def test_nohup_is_respected(self):
+        fake, ignore = self.fake(lambda *args: OK_ANSWER), signal.SIG_IGN
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, ignore))
+        with ProxyProgram(fake.url) as p:
+            p.process.send_signal(signal.SIGHUP)
+            time.sleep(0.2)
+            self.assertIn(b" 200 ", p.ask(request()))
 
     def test_it_serves_without_stderr(self):
         with ProxyProgram(self.fake().url, lambda: os.close(2)) as p:
