@@ -5817,7 +5817,7 @@ class OtherUpstreams(ProxyCase):
                 dataclasses.replace(CONFIG, anthropic_api_key="k", **{name: "anthropic/claude-x"})
 
     def test_a_fallback_that_does_not_take_the_request_does_not_hide_the_first_error(self):
-        fake = self.fake_openai(lambda body: QUOTA_ANSWER)
+        fake = self.fake_openai(lambda body: (429, "slow down"))
         r = self.run_proxy(openai_api_key="ok", openai_api_base=fake.url, max_retries=0,
                            fallback_models=FLASH)
         turn = {"role": "user", "content": [text("x"), image(GIF, "image/gif")]}
