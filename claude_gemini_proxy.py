@@ -25,13 +25,14 @@ process, thread, clock, environment or random. Before you trust the program with
   12 HTTP to upstreams, 13 upstreams        the network: where keys and prompts go
   14 delivery, 15 HTTP server, 16 endpoints the network: who may ask, and what is logged
   18 program                                files (.env, LOG_FILE), processes, the environment
-and 11, the shared state: what stays in memory. These are about 3,300 of 7,150 lines; the rest, 1 to
-10 and 17, is translation. A table stands above what uses it.
+and 11 with what follows it, the shared state: what stays in memory. These are about 3,600 of 7,450
+lines; the rest, 1 to 10 and 17, is translation. A table stands above what uses it.
 
 Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
-writes nothing to disk but the log that LOG_FILE names; keeps in memory, of a conversation, only
-thought signatures (of some OpenAI-compatible servers the reasoning itself) and tool declarations;
-sends no telemetry. Needs Python 3.8 or newer and its standard library.
+writes nothing to disk but the log that LOG_FILE names; keeps in memory, of conversations, thought
+signatures (of some OpenAI-compatible servers the reasoning itself), tools, and with Gemini what the
+last hour's requests said, within HISTORY_CACHE_BYTES (0 keeps none of it); sends no telemetry.
+Needs Python 3.8 or newer and its standard library.
 """
 from __future__ import annotations
 
@@ -52,6 +53,7 @@ import logging
 import marshal
 import math
 import os
+import pickle
 import re
 import secrets
 import select
@@ -498,6 +500,8 @@ class Config:
     signature_cache_size: int = setting(100000, "thought signatures kept in memory", whole(1))
     signature_cache_ttl: float = setting(3600.0, "seconds kept after the last use", parse_seconds)
     signature_cache_bytes: int = setting(64 << 20, "bytes that all of them may take", whole(1))
+    history_cache_bytes: int = setting(
+        32 << 20, "bytes of conversations kept with their translation (0: none)", whole(0))
     max_body_bytes: int = setting(32 << 20, "largest request body", whole(1))
     max_connections: int = setting(512, "connections served at once; one more gets a 529", whole(1))
     safeguards_model: str = setting(
@@ -1106,6 +1110,7 @@ def _no_constant(name: str) -> None:
     raise ValueError("%s is not a JSON value" % name)
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
@@ -1127,7 +1132,7 @@ def parse_json(raw: bytes) -> Any:
 def parse_value(text: str, start: int = 0) -> Tuple[Any, int]:
     """The JSON value that begins at `start` -> (it, where it ends); ValueError if there is none."""
     try:
-        return _DECODER.raw_decode(text, start)
+        return _DECODER.raw_decode(text, _SPACE.match(text, start).end())
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -1210,6 +1215,7 @@ def check_stops(stops: List[Any]) -> None:
 
 Lookup = Callable[[str], Optional[str]]
 Declare = Callable[[Json], Json]
+ReadHistory = Callable[[Json, "Translation"], List[Json]]
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
 # The documented dummy for a lost signature:
 # https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
@@ -1238,7 +1244,7 @@ class History:
 
     def __init__(self) -> None:
         self.session = ""                     # hash of the conversation's first text, for text_key
-        self.system: List[str] = []           # texts of the system prompt
+        self.system: List[str] = []           # texts of system messages that lead
         self.effort = ""                      # set by a system message
         self.role = ""                        # of the last content
         self.calls: Dict[str, Call] = {}      # by upstream id; those that wait for their results
@@ -1256,6 +1262,7 @@ class Translation:
         self.lookup = lookup
         self.tool_name = tool_name            # the upstream's form of tool names
         self.history = History()
+        self.system: List[str] = []           # texts of the request's system prompt
         self.body: Json = {}
         self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
         self.schemas: Dict[str, Any] = {}     # the client's tool name -> its input_schema
@@ -1296,14 +1303,15 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 
 def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
-              declare: Optional[Declare] = None) -> Translation:
+              declare: Optional[Declare] = None,
+              read: Optional[ReadHistory] = None) -> Translation:
     """Translate a checked Messages request into a generateContent body for `model`. `lookup` gives
     the thought signature kept for a tool_use id or `text_key`, or None; `declare` may remember what
-    `declaration` makes of a tool. The request is not changed. Raises ProxyError 400 with the path
-    of what cannot be translated.
+    `declaration` makes of a tool, and `read` what read_history makes of messages. The request is
+    not changed. Raises ProxyError 400 with the path of what cannot be translated.
     Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README."""
     t = Translation(model_rule(model), lookup)
-    contents = read_history(request, t)
+    contents = (read or read_history)(request, t)
     tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare or declaration)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
@@ -1315,7 +1323,7 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     generation["maxOutputTokens"] = min(limit + headroom, OUTPUT_LIMIT)
     if thinking_config:
         generation["thinkingConfig"] = thinking_config
-    system = t.history.system + format_hint
+    system = t.system + t.history.system + format_hint
     system += search_hints(tools) if "googleSearch" in built_in else []
     t.body = {"contents": contents, "generationConfig": generation, **service_fields(config)}
     if system:
@@ -1337,22 +1345,34 @@ def service_fields(config: Config) -> Json:
 def read_history(request: Json, t: Translation) -> List[Json]:
     """The messages -> Gemini contents that alternate, start and end with the user, and pair every
     call with a response; what all upstreams begin with. `t.history` is then that of their end."""
-    history = t.history
-    t.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
-    history.system += system_texts(request.get("system"), "system")
-    turns = to_turns(request["messages"], history)
-    first_texts = (block["text"] for turn in turns[:1] for _, block in turn.blocks
-                   if isinstance(block.get("text"), str))
-    history.session = short_hash(next(first_texts, "")[:4000])
     contents: List[Json] = []
-    for turn in turns:  # the fold: each one moves `history` on
-        if turn.role == "user":
-            add_content(contents, "user", user_parts(turn.blocks, t), history)
-        else:
-            add_content(contents, "model", model_parts(turn.blocks, t), history)
-    if history.role != "user" or history.calls:
-        add_content(contents, "user", user_parts([], t) or [{"text": CONTINUE}], history)
+    begin_history(request, t)
+    read_messages(request["messages"], contents, t)
+    end_history(contents, t)
     return contents
+
+
+def begin_history(request: Json, t: Translation) -> None:
+    t.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
+    t.system = system_texts(request.get("system"), "system")
+
+
+def read_messages(messages: Sequence[Any], contents: List[Json], t: Translation) -> None:
+    """Append what some messages add; `t.history` is that of those before, and then of these."""
+    turns = to_turns(messages, t.history)
+    if not t.history.session:
+        first_texts = (block["text"] for turn in turns[:1] for _, block in turn.blocks
+                       if isinstance(block.get("text"), str))
+        t.history.session = short_hash(next(first_texts, "")[:4000])
+    for turn in turns:  # the fold: each one moves the history on
+        parts = (user_parts if turn.role == "user" else model_parts)(turn.blocks, t)
+        add_content(contents, "user" if turn.role == "user" else "model", parts, t.history)
+
+
+def end_history(contents: List[Json], t: Translation) -> None:
+    if t.history.role != "user" or t.history.calls:
+        parts = user_parts([], t) or [{"text": CONTINUE}]
+        add_content(contents, "user", parts, t.history)
 
 
 def to_turns(messages: Sequence[Any], history: History) -> List[Turn]:
@@ -2400,7 +2420,7 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
     contents = read_history(request, t)
     tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare or declaration)
-    system = t.history.system + search_hints(tools)
+    system = t.system + t.history.system + search_hints(tools)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     t.body = {"model": model, "messages": openai_messages(system, contents, dialect),
               "max_completion_tokens" if dialect == "openai" else "max_tokens": limit,
@@ -2877,10 +2897,11 @@ def without_own_thoughts(request: Json) -> Json:
 
 
 def translated(request: Json, config: Config, route: Route, lookup: Lookup = lambda key: None,
-               declare: Optional[Declare] = None) -> Translation:
+               declare: Optional[Declare] = None,
+               read: Optional[ReadHistory] = None) -> Translation:
     """A request in the form of the upstream that answers it."""
     if route.upstream == "gemini":
-        return to_gemini(request, route.model, config, lookup, declare)
+        return to_gemini(request, route.model, config, lookup, declare, read)
     return to_openai(request, route.model, config, lookup, declare,
                      openai_dialect(route.upstream, config))
 
@@ -3748,8 +3769,8 @@ class LRUCache:
                 self._left += self._entries.popitem(last=False)[1][1]
 
 
-class Declared(dict):
-    """A function declaration together with its JSON."""
+class Written(dict):
+    """A part of a body that has been written before, with its JSON."""
 
     json = b""
 
@@ -3809,14 +3830,14 @@ class ToolCache:
             lists.pop()
         self._lists = tuple(lists)
 
-    def declare(self, tool: Json) -> Declared:
+    def declare(self, tool: Json) -> Written:
         places = next((each.declared for each in self._lists if id(tool) in each.declared), {})
         if places.get(id(tool)):
             return places[id(tool)]
         key = marshalled(tool)
         declared = self._known.get(key)
         if declared is None:
-            declared = Declared(declaration(tool))
+            declared = Written(declaration(tool))
             declared.json = dump_json(declared)
             # the key, its JSON, and the objects: about eight times the JSON
             self._known.put(key, declared, len(key) + 9 * len(declared.json))
@@ -3826,14 +3847,20 @@ class ToolCache:
 
 
 def dump_request(body: Json) -> bytes:
-    """dump_json(body), with the JSON of its declarations as it is: most of a small request."""
-    tools = body.get("tools") or [{}]
+    """dump_json(body), with the JSON that its declarations and contents bring along: most of it."""
+    rest, pieces = dict(body), []
+    tools, contents = body.get("tools") or [{}], body.get("contents") or [None]
     declared = tools[0].get("functionDeclarations", ())
-    if len(tools) > 1 or not declared or not all(isinstance(each, Declared) for each in declared):
-        return dump_json(body)
-    rest = dump_json({name: value for name, value in body.items() if name != "tools"})
-    return b"".join((b'{"tools":[{"functionDeclarations":[', b",".join([d.json for d in declared]),
-                     b"]}],", memoryview(rest)[1:]))  # one copy of a megabyte
+    if len(tools) == 1 and declared and all(isinstance(each, Written) for each in declared):
+        del rest["tools"]
+        pieces += [b'"tools":[{"functionDeclarations":[', b",".join([d.json for d in declared]),
+                   b"]}],"]
+    if isinstance(contents[0], Written):
+        del rest["contents"]
+        known = [each.json for each in contents if isinstance(each, Written)]
+        pieces += [b'"contents":[', b",".join(known + [dump_json(contents[len(known):])[1:]]), b","]
+    # one copy of a megabyte
+    return b"".join([b"{", *pieces, memoryview(dump_json(rest))[1:]]) if pieces else dump_json(body)
 
 
 class TokenCounts:
@@ -4072,6 +4099,213 @@ def minute_sums(records: Sequence[Json]) -> Json:
         sums[name] = times[len(times) // 2] if times else None
     return dict(sums, requests=len(records),
                 errors=sum(map(is_error, records)))
+
+
+# ---- Incremental translation, which may be left out (state) ---------------------------------
+#
+# A client sends its whole conversation each time, and only its end is new. What has been translated
+# is kept as a tree of pieces, and a request follows it by comparing bytes: only the rest is parsed
+# and translated. Whatever is unusual, and every error, takes the whole body the plain way. Without
+# this section, ToolCache.parse in the place of HistoryCache.open does the same, only slower.
+
+class Piece:
+    """Some messages as they came, what they became, what the signature cache said, and the history
+    behind them; then comes a turn of the model's."""
+
+    __slots__ = ("key", "raw", "written", "asked", "history", "size", "until", "parent", "next")
+    ENTRY_BYTES = 1500
+
+    def __init__(self, key: Tuple[str, Any], raw: bytes = b"", contents: Sequence[Json] = (),
+                 asked: Sequence[Tuple[str, Any]] = (), history: Optional[History] = None) -> None:
+        self.key, self.raw, self.asked = key, raw, tuple(asked)  # key: whose, for which models
+        self.written = Written()
+        self.written.json = dump_json(list(contents))[1:-1]
+        self.history = pickle.dumps(history, 4)  # whole, and of nothing that came from outside
+        self.size = (self.ENTRY_BYTES + len(raw) + len(self.written.json) + len(self.history)
+                     + sum(200 + len(name) + len(value or "") for name, value in asked))
+        self.until, self.parent = 0.0, self
+        self.next: List["Piece"] = []
+
+
+class HistoryCache:
+    """The pieces: an LRU bound in bytes and age, the ends of the tree first."""
+
+    LEAST_BODY, LEAST_PIECE = 16000, 8000
+
+    def __init__(self, config: Config, signatures: SignatureCache, parse: Callable[[bytes], Any],
+                 limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config, self.parse, self._signatures, self._clock = config, parse, signatures, clock
+        self._limit = limit_bytes if config.upstreams == ("gemini",) and not config.debug else 0
+        self._lock = threading.Lock()  # protects all below
+        self._root = Piece(("", None))
+        self._pieces: "OrderedDict[Piece, None]" = OrderedDict()
+        # what is kept, how many requests had some of it, and how much they had in all
+        self.figures = Counter(bytes=0, hits=0, hit_bytes=0)
+
+    def open(self, raw: bytes, client_key: Callable[[], str]) -> Tuple[Any, Optional[ReadHistory]]:
+        """-> (a request with only its new messages, what reads them), or (the request, None)"""
+        if self._limit and len(raw) >= self.LEAST_BODY:
+            with contextlib.suppress(ProxyError, ValueError, RecursionError):
+                new = NewMessages(self, raw, client_key())
+                return new.request, new.read
+        return self.parse(raw), None
+
+    def find(self, raw: bytes, at: int, client_key: str, rule: Optional[ModelRule]) -> List[Piece]:
+        """The pieces that a body's messages begin with; without a rule, those of any one."""
+        owner, get = short_hash(client_key), self._signatures.of(client_key).get
+        path: List[Piece] = []
+        with self._lock:
+            piece: Optional[Piece] = self._root
+            while piece:
+                at += len(piece.raw)
+                piece = next((each for each in piece.next if each.key[0] == owner
+                              and rule in (None, each.key[1]) and raw.startswith(each.raw, at)),
+                             None)
+                path += [piece] if piece else []
+            self._renew(path)
+        same = [all(get(name) == value for name, value in piece.asked) for piece in path]
+        path = path[:(same + [False]).index(False)]
+        with self._lock:
+            self.figures.update(hits=bool(path), hit_bytes=sum(len(piece.raw) for piece in path))
+        return path
+
+    def keep(self, path: List[Piece], pieces: List[Piece]) -> None:
+        """Put new pieces behind those of a path."""
+        with self._lock:
+            parent = path[-1] if path else self._root
+            if path and parent not in self._pieces:
+                return
+            for piece in pieces:
+                piece.parent = parent
+                parent.next = [piece] + [each for each in parent.next
+                                         if each.raw != piece.raw or each.key != piece.key]
+                parent = piece
+                self.figures["bytes"] += piece.size
+                self._pieces[piece] = None
+            self._renew(path + pieces)
+
+    def _renew(self, path: List[Piece]) -> None:
+        now = self._clock()
+        for piece in reversed(path):  # what others follow stays longest
+            if piece in self._pieces:
+                self._pieces.move_to_end(piece)
+                piece.until = now + self.config.signature_cache_ttl
+        while self._pieces:
+            piece = next(iter(self._pieces))
+            if self.figures["bytes"] <= self._limit and piece.until >= now:
+                return
+            del self._pieces[piece]
+            self.figures["bytes"] -= piece.size
+            piece.parent.next = [each for each in piece.parent.next if each is not piece]
+
+
+_MESSAGES = re.compile(rb'(?<!\\)"messages":[ \t\r\n]*\[')
+_NEXT = re.compile(r"[ \t\r\n]*([],])[ \t\r\n]*")
+
+
+class NewMessages:
+    """The messages of a body that are new. ValueError or ProxyError for one that is unusual."""
+
+    def __init__(self, cache: HistoryCache, raw: bytes, client_key: str) -> None:
+        self._cache, self._raw, self._is_read = cache, raw, False
+        found = _MESSAGES.match(raw, max(0, raw.find(b'"messages":')))
+        if not found:
+            raise ValueError("no messages")
+        head = cache.parse(raw[:found.start()] + b'"messages":0}')
+        self._path = cache.find(raw, found.end(), client_key, self._rule_of(head))
+        start = found.end() + sum(len(piece.raw) for piece in self._path)
+        self._text = str(memoryview(raw)[start:], "utf-8")
+        self._places: List[int] = []  # where each message begins
+        messages, end = self._parse()
+        behind = self._text[end:].encode("utf-8")
+        rest, place = cache.parse(b'{"":0' + behind), (start, len(raw) - len(behind))
+        self.request = check_request({**head, **rest, "messages": messages})
+        self._key = (short_hash(client_key), self._rule_of(self.request))
+        if ("messages" in rest or not self._key[1] or safeguard_of(self.request)
+                or self.request.get("max_tokens") == 0
+                or any(piece.key != self._key for piece in self._path)
+                or (self._path and not is_model_turn(messages[0]))
+                or (_SURROGATE.search(raw, *place) and any(  # a lone one
+                    each.group(1) for each in _SURROGATES.finditer(raw, *place)))):
+            raise ValueError("not to be read in pieces")
+
+    def _rule_of(self, request: Json) -> Optional[ModelRule]:
+        name = request.get("model")
+        route = resolve_model(name, self._cache.config) if isinstance(name, str) else None
+        return model_rule(route.model) if route and route.upstream == "gemini" else None
+
+    def _parse(self) -> Tuple[List[Json], int]:
+        """-> (the messages, where in the text their list ends)"""
+        messages, end, delimiter = [], 0, ","
+        while delimiter == ",":
+            self._places.append(end)
+            message, end = parse_value(self._text, end)
+            found = _NEXT.match(self._text, end)
+            if not found or any(block.get("type") == "compaction"  # it replaces what was before
+                                for block in _dicts(expect(message, (dict,), "").get("content"))):
+                raise ValueError("not to be read in pieces")
+            messages.append(message)
+            delimiter, end = found.group(1), found.end()
+        return messages, end
+
+    def read(self, request: Json, t: Translation) -> List[Json]:
+        """The first time, with the pieces that are known; else read_history of the whole."""
+        if not self._is_read and t.rule == self._key[1]:
+            self._is_read = True
+            with contextlib.suppress(ProxyError, ValueError, RecursionError):
+                return self._read(request, t)
+        return read_history(self._cache.parse(self._raw), t)
+
+    def _read(self, request: Json, t: Translation) -> List[Json]:
+        asked: List[Tuple[str, Any]] = []
+        own = Translation(t.rule, lambda name: asked.append((name, t.lookup(name))) or asked[-1][1],
+                          t.tool_name)
+        begin_history(request, own)
+        if self._path:
+            own.history = pickle.loads(self._path[-1].history)
+        text, self._text = self._text, ""
+        messages, pieces = request["messages"], []
+        contents: List[Json] = [{"role": "user", "parts": []}]
+        begin = start = 0
+        for end in self._borders(messages):
+            read_messages(messages[start:end], contents, own)
+            if own.history.role == "user":  # else it goes on to the next border
+                raw = text[self._places[begin]:self._places[end]].encode("utf-8")
+                pieces.append(Piece(self._key, raw, settled(contents), asked, own.history))
+                begin, contents, asked = end, [{"role": "user", "parts": []}], []
+            start = end
+        read_messages(messages[start:], contents, own)
+        end_history(contents, own)
+        new = settled(contents)
+        self._cache.keep(self._path, pieces)
+        vars(t).update(vars(own), lookup=t.lookup)
+        return [piece.written for piece in self._path + pieces] + new
+
+    def _borders(self, messages: List[Json]) -> Iterator[int]:
+        """Where a piece may end: behind a user's message, where all is settled, and before a turn
+        of the model's. What is far from the end changes least: there pieces are larger."""
+        last = 0
+        for i, (before, message) in enumerate(zip(messages, messages[1:]), 1):
+            far = (self._places[-1] - self._places[i]) // 4
+            if (self._places[i] - last >= max(self._cache.LEAST_PIECE, far)
+                    and before.get("role") == "user" and before.get("content")
+                    and is_model_turn(message)):
+                last = self._places[i]
+                yield i
+
+
+def is_model_turn(message: Json) -> bool:
+    """Whether a message begins a content of the model's: it has a call, or a text."""
+    return message.get("role") == "assistant" and any(
+        block.get("type") == "tool_use" or block.get("text")
+        for block in _dicts(message.get("content")))
+
+
+def settled(contents: List[Json]) -> List[Json]:
+    """Contents without the empty one in front: it stands for one that is written already."""
+    if contents[0]["parts"] or not contents[1:]:
+        raise ValueError("they belong to the content before")
+    return contents[1:]
 
 
 # ---- 12. HTTP to upstreams (I/O) ------------------------------------------------------------
@@ -4663,6 +4897,9 @@ class Upstream:
     def _repair(self, error: ProxyError, exchange: Exchange) -> bool:
         """Change the body as a 400 asks for, if it does; each repair is tried once."""
         repaired = exchange.repaired
+        if any(isinstance(each, Written) for each in (exchange.body or {}).get("contents", ())):
+            exchange.translation = exchange.translate(route=exchange.route)  # now the whole
+            exchange.body = self.first_body(exchange)
         for name, message in repaired.items():
             if message == error.message:  # it has not helped
                 repaired[name] = ""
@@ -5402,6 +5639,8 @@ class ProxyServer(ThreadingHTTPServer):
         self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
                                          config.signature_cache_bytes)
         self.tools = ToolCache()
+        self.histories = HistoryCache(config, self.signatures, self.tools.parse,
+                                      0 if upstream else config.history_cache_bytes)
         self.tokens = TokenCounts()
         self.traffic = Traffic()
         self.upstream = Upstreams(config, upstream)
@@ -5825,13 +6064,14 @@ class ProxyHandler(HTTPHandler):
             self.answer_messages(body)
 
     def answer_messages(self, body: bytes) -> None:
-        server, request = self.server, self.server.tools.parse(body)
+        server = self.server
+        request, read = server.histories.open(body, self.client_key)  # or: tools.parse, no read
         named = request.get("model") if isinstance(request, dict) else None
         self.requested = named[:100] if isinstance(named, str) else ""
         if self.forward_to_anthropic(request, body):
             return
         check_request(request)
-        exchange, estimate = self.make_exchange(request, len(body))
+        exchange, estimate = self.make_exchange(request, len(body), read)
         self.check_budget(exchange)
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
@@ -5867,12 +6107,13 @@ class ProxyHandler(HTTPHandler):
         finally:
             self.log_exchange(exchange, emitter, status, problem)
 
-    def make_exchange(self, request: Json, size: int) -> Tuple[Exchange, int]:
+    def make_exchange(self, request: Json, size: int,
+                      read: Optional[ReadHistory] = None) -> Tuple[Exchange, int]:
         """A request on its way, and an estimate of its tokens."""
         server, config = self.server, self.server.config
         signatures = server.signatures.of(self.client_key())
         translate = functools.partial(translated, request, config, lookup=signatures.get,
-                                      declare=server.tools.declare)
+                                      declare=server.tools.declare, read=read)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         routes = [resolve_model(request["model"], config)]
         routes += [route_to(name, config) for name in config.fallback_models]
@@ -6139,6 +6380,8 @@ class ProxyHandler(HTTPHandler):
     def handle_metrics(self, path: str) -> None:
         entries, size = self.server.signatures.size()
         gauges = {"signature_cache_entries": entries, "signature_cache_bytes": size,
+                  **{"history_cache_" + name: value
+                     for name, value in self.server.histories.figures.items()},
                   "connections": len(self.server.connections),
                   "uptime_seconds": time.time() - self.server.started}
         self.respond(200, self.server.metrics.render(gauges).encode(),
@@ -6163,6 +6406,7 @@ class ProxyHandler(HTTPHandler):
             "models": {tier: hide(resolve_model("claude-" + tier, config).name)
                        for tier in TIERS},
             "signatures": {"entries": entries, "bytes": size},
+            "histories": server.histories.figures,
             "live": [{"requested": hide(exchange.request["model"][:100]),
                       "model": hide(exchange.model),
                       "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
@@ -6403,7 +6647,9 @@ function show(d) {
       cooling(key) || "ready"]), "None: clients bring theirs, or none is needed."),
     table("Thought signatures", "", ["", ""], [["cached", count(d.signatures.entries)],
       ["bytes", count(d.signatures.bytes)], ["hits", signed("hit")],
-      ["returned by the client", signed("from_client")], ["dummies", signed("dummy")]], ""));
+      ["returned by the client", signed("from_client")], ["dummies", signed("dummy")]], ""),
+    table("Known histories", "", ["", ""], Object.entries(d.histories).map(
+      ([name, n]) => [name.replace("_", " "), count(n)]), ""));
 }
 
 let stopped = false, last = "none";
