@@ -3103,7 +3103,7 @@ class Structure(unittest.TestCase):
         self.assertEqual(impurities(self.source), [])
 
     def test_the_head_counts_the_lines_that_need_trust(self):
-        found = re.search(r"These are about ([\d,]+) of ([\d,]+) lines", proxy.__doc__)
+        found = re.search(r"These are about ([\d,]+) of ([\d,]+)\slines", proxy.__doc__)
         trusted, whole = (int(number.replace(",", "")) for number in found.groups())
         lines = self.source.split("\n")
         starts = [n for n, line in enumerate(lines) if line.startswith("# ---- ")] + [len(lines)]
@@ -3162,6 +3162,220 @@ class Shells(unittest.TestCase):
                 first, last = proxy.export_lines({"X": "1"}, shell, ["Y"]).split("\n")
                 self.assertIn("X", first)
                 self.assertTrue(last.startswith(expected), last)
+
+
+# ---- Incremental translation: the same as the plain way --------------------------------------
+
+ODD_TEXTS = ("", "ok", 'a "quoted" \\ text\n\t', "é → 漢字 😀", "\x7f\x00\x1f", "</s> \u2028",
+             "<system-reminder>r</system-reminder>", '"messages":[', '","role":"user"},')
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                     "data": "iVBORw0KGgoAAAAN"}}
+MARTIAN = {"role": "martian", "content": "x"}
+
+
+class RandomConversation:
+    """Messages that grow as a client's do, and are now and then edited, rewound or compacted."""
+
+    def __init__(self, rng):
+        self.rng, self.messages, self.ids = rng, [], []
+
+    def text(self):
+        return self.rng.choice(ODD_TEXTS + ("x" * self.rng.randint(1, 400),))
+
+    def block(self, role):
+        rng, k = self.rng, self.rng.random()
+        if role == "assistant":
+            if k < .35:
+                return {"type": "text", "text": self.text()}
+            if k < .8:
+                id_ = "toolu_%d" % rng.randrange(40) if rng.random() < .9 else rng.choice(
+                    ["", "weird id!"])
+                self.ids.append(id_)
+                return {"type": "tool_use", "id": id_,
+                        "name": rng.choice(["Bash", "Read", "odd name", "mcp__x__y", "Late"]),
+                        "input": rng.choice([{}, {"c": self.text()}, None, "s",
+                                             {"n": 1.5, "messages": [{"role": "user"}]}])}
+            if k < .9:
+                return {"type": "thinking", "thinking": self.text(), "signature": rng.choice(
+                    ["gemini-call:QUJD", "gemini-thought:QUJD", "foreign", "openai-x", ""])}
+            return rng.choice([{"type": "redacted_thinking", "data": "x"},
+                               {"type": "redacted_thinking", "text": "x"},
+                               {"type": "server_tool_use", "name": "web_search", "input": {}},
+                               {"type": "compaction", "content": rng.choice(["sum", None])}])
+        if k < .5 and self.ids:
+            return {"type": "tool_result", "tool_use_id": rng.choice(self.ids[-3:]),
+                    "is_error": rng.random() < .2, "content": rng.choice([
+                        self.text(), None, [{"type": "text", "text": self.text()}], [IMAGE],
+                        [{"type": "tool_reference", "tool_name": rng.choice(["Late", "Bash"])}]])}
+        if k < .9:
+            return {"type": "text", "text": self.text()}
+        return rng.choice([
+            IMAGE, {"type": "tool_removal", "tool": {"name": "Bash"}}, {"type": "unheard_of"},
+            {"type": "tool_addition", "tool": {"definition": {
+                "name": "Added%d" % rng.randrange(3), "input_schema": {"type": "object"}}}},
+            IMAGE if rng.random() < .95 else dict(IMAGE, source={"type": "base64", "data": "?"})])
+
+    def message(self, last):
+        rng, k = self.rng, self.rng.random()
+        role = ("user" if last == "assistant" else "assistant") if k < .85 else rng.choice(
+            ["user", "assistant", "system"])
+        if role == "system":
+            message = {"role": role, "content": rng.choice([
+                "late news", [{"type": "text", "text": "é"}], ""])}
+            if rng.random() < .3:
+                message["output_config"] = {"effort": rng.choice(["low", "high", "max"])}
+            if rng.random() < .3:
+                message["clear_at"] = "next_user_message"
+            return message
+        if rng.random() < .004:
+            return MARTIAN
+        content = [self.block(role) for _ in range(rng.randint(rng.random() > .1, 3))]
+        return {"role": role, "content": self.text() if rng.random() < .15 else content}
+
+    def step(self):
+        """Grow by some messages; now and then change what is there."""
+        rng, messages = self.rng, self.messages
+        for _ in range(rng.randint(1, 4)):
+            messages.append(self.message(messages[-1]["role"] if messages else "assistant"))
+        k, place = rng.random(), rng.randrange(len(messages))
+        near = rng.randrange(max(0, len(messages) - 5), len(messages))
+        if k < .04:
+            del messages[place:]
+        elif k < .08:
+            messages[place] = dict(messages[place], content="[cleared]")
+        elif k < .1:
+            del messages[place]
+        elif k < .12:
+            del messages[:-2]
+        elif k < .17:
+            messages.insert(near, self.message(rng.choice(["user", "assistant"])))
+        elif k < .27:
+            messages[near] = rng.choice([
+                {"role": "assistant", "content": [{"type": "redacted_thinking"}]},
+                {"role": "assistant", "content": [{"type": "redacted_thinking", "text": "x"}]},
+                {"role": "system", "content": "inserted"}, self.message("user")])
+            del messages[near + rng.randint(1, 9):]
+        elif k < .32:  # a change that no length tells
+            messages[place] = json.loads(json.dumps(messages[place]).replace("xx", "xy"))
+        if MARTIAN in messages and rng.random() < .5:
+            messages.remove(MARTIAN)
+
+    def marked(self):
+        """The messages, the last ones marked for the cache."""
+        messages = copy.deepcopy(self.messages)
+        for message in messages[-self.rng.randint(1, 3):]:
+            if isinstance(message["content"], list) and message["content"]:
+                message["content"][-1]["cache_control"] = {"type": "ephemeral"}
+        return messages
+
+
+class Incremental(unittest.TestCase):
+    """What HistoryCache gives is what there would be without it. CASES=1000 prolongs it."""
+
+    FIELDS = [name for name in vars(proxy.Translation(proxy.OPENAI_RULE, str))
+              if name not in ("body", "history", "lookup")]
+    TOOL_LISTS = ([], [TOOL], [dict(TOOL, description=TOOL["description"][::-1])],
+                  [TOOL, dict(TOOL, name="Late", defer_loading=True)],
+                  [dict(TOOL, description="é"), {"type": "web_search_20250305", "name": "s"}])
+
+    def raw(self, rng, conversation, order, style, tools):
+        """A body as one of several clients writes it; now and then it is no JSON, or odd."""
+        fields = {"max_tokens": 99, "system": rng.choice(["s", [{"type": "text", "text": "é s"}]]),
+                  "tools": tools, "stream": True,
+                  "thinking": rng.choice([None, {"type": "enabled", "budget_tokens": 5000}])}
+        model = {"model": rng.choice(["claude-opus-4"] * 9 + ["gemini-2.5-flash", "x/y"])}
+        order = order if rng.random() < .97 else rng.randrange(3)
+        messages = {"messages": conversation.marked()}
+        body = [{**model, **messages, **fields}, {**messages, **model, **fields},
+                {**model, **fields, **messages}][order]
+        raw = json.dumps(body, **style).encode("utf-8", "surrogatepass")
+        k = rng.random()
+        if k < .02:
+            raw = raw.replace(b"ok", rng.choice([b"\\ud800x", b"\\\\ud800", b"\\ud83d\\ude00"]))
+        elif k < .04:
+            raw = rng.choice([
+                raw[:-rng.randint(1, 9)], raw.replace(b"xx", b"\xff", 1), b" " + raw + b"\n",
+                raw[:-1] + b',"messages":[{"role":"user","content":"other"}]}',
+                raw[:-1] + b',"model":"gemini-2.5-flash"}', raw[:-1] + b',"":1,"system":"t"}',
+                raw[:-1] + b',"max_tokens":0}', b'{"x\\"messages":[],' + raw[1:],
+                raw.replace(b'"messages":', b'"x\\"messages":', 1),
+                b'{"messages":[7],' + raw[1:], b'{"messages":7,' + raw[1:],
+                raw.replace(b'"x"', b"1e999", 1), raw.replace(b":1.5", b":NaN", 1)])
+        return raw
+
+    def translation(self, raw, cache, lookup, declare):
+        """Bytes and everything else of a body's translation, or the error."""
+        request_, read = (cache.open(raw, lambda: "k") if cache
+                          else (proxy.parse_json(raw), None))
+        model = proxy.resolve_model(proxy.check_request(request_)["model"], CONFIG)
+        t = proxy.translated(request_, CONFIG, model, lookup, declare, read)
+        return (proxy.dump_request(t.body), vars(t.history), model,
+                {name: getattr(t, name) for name in self.FIELDS if name not in (
+                    "place", "inner", "from_client")},
+                {name: value for name, value in request_.items() if name not in ("messages", "")})
+
+    def run_conversations(self, seed, steps=50):
+        rng, now = random.Random(seed), [0.0]
+        signatures = proxy.SignatureCache(1000, 30.0, 1 << 20, lambda: now[0])
+        tools, declare = proxy.ToolCache(), proxy.ToolCache().declare
+        cache = proxy.HistoryCache(CONFIG, signatures, tools.parse,
+                                   rng.choice([1 << 20, 40000, 9000]), lambda: now[0])
+        cache.LEAST_BODY, cache.LEAST_PIECE = 0, rng.choice([1, 40, 400, 3000])
+        style = rng.choice([{"separators": (",", ":"), "ensure_ascii": False}, {},
+                            {"indent": 1, "ensure_ascii": False}])
+        order, offered = rng.randrange(3), rng.choice(self.TOOL_LISTS)
+        conversations = [RandomConversation(rng) for _ in range(rng.randint(1, 3))]
+
+        def peek(key):  # without renewing it
+            entry = signatures._entries.get("%s %s" % (proxy.short_hash("k"), key))
+            return entry[0] if entry and entry[1] >= now[0] else None
+
+        for step in range(steps):
+            conversation = rng.choice(conversations)
+            conversation.step()
+            if conversation.ids and rng.random() < .5:
+                signatures.of("k").put(rng.choice(conversation.ids),
+                                       rng.choice(["SIGA", "SIGB", "openai-Z"]))
+            now[0] += rng.choice([.1, .1, .1, 5, 20])
+            offered = offered if rng.random() < .9 else rng.choice(self.TOOL_LISTS)
+            raw = self.raw(rng, conversation, order, style, offered)
+            plain = outcome(self.translation, raw, None, peek, declare)
+            new = outcome(self.translation, raw, cache, signatures.of("k").get, tools.declare)
+            self.assertEqual(new, plain, (seed, step))
+            if rng.random() < .3 and isinstance(plain[1], dict):
+                signatures.of("k").put(proxy.text_key(rng.choice(ODD_TEXTS), plain[1]["session"]),
+                                       rng.choice(["SIGT", "openai-T"]))
+            kept = list(cache._pieces)
+            self.assertEqual(cache.figures["bytes"], sum(piece.size for piece in kept))
+            self.assertLessEqual(cache.figures["bytes"], cache._limit)
+        return cache
+
+    def test_every_single_edit_of_a_conversation_is_noticed(self):
+        messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "x" * 999}]
+        for i in range(4):
+            messages += [says("I look.", uses("toolu_%d" % i)), asks(result("toolu_%d" % i))]
+        edits = [lambda m, role=role, content=content: dict(m, role=role, content=content)
+                 for role in ("user", "assistant", "system") for content in (
+                     "", "new", [], [{"type": "redacted_thinking"}], [IMAGE],
+                     [{"type": "compaction", "content": "all"}])]
+        edits += [lambda m: json.loads(json.dumps(m).replace("xx\"", "xy\"").replace("I", "J")),
+                  lambda m: {"role": "system", "content": "n", "clear_at": "next_user_message"}]
+        for place, edit, cut in itertools.product(range(len(messages)), edits, (1, 2, 9)):
+            signatures = proxy.SignatureCache(100, 100, 10 ** 6)
+            cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 10 ** 6)
+            cache.LEAST_BODY = cache.LEAST_PIECE = 0
+            edited = messages[:place] + [edit(messages[place])] + messages[place + 1:place + cut]
+            for each in (messages, edited, messages):
+                raw = json.dumps(dict(request(), messages=each)).encode()
+                plain, known = [outcome(self.translation, raw, way, lambda key: None, None)
+                                for way in (None, cache)]
+                self.assertEqual(known, plain, edited)
+
+    def test_random_conversations_are_translated_the_same_both_ways(self):
+        first = int(os.environ.get("SEED", 0))
+        caches = [self.run_conversations(seed) for seed in
+                  range(first, first + int(os.environ.get("CASES", 25)))]
+        self.assertGreater(sum(cache.figures["hits"] for cache in caches), 10 * len(caches))
 
 
 # ---- 11. Delivery ---------------------------------------------------------------------------
@@ -3532,6 +3746,109 @@ class Delivery(ProxyCase):
                                           {"usageMetadata": {"promptTokenCount": 5}}])
         message = check_grammar(r.ask(request(stream=True))[1])
         self.assertEqual((summary(message), message["usage"]["input_tokens"]), ([("text", "a")], 5))
+
+
+class KnownHistories(ProxyCase):
+    """What is kept of conversations, through the whole proxy."""
+
+    def sent(self, r):
+        return [dict(noted["body"]) for noted in r.fake.requests]
+
+    def figures(self, r):
+        return r.server.histories.figures
+
+    def test_a_growing_conversation_is_sent_as_without_the_cache(self):
+        runs = [self.run_proxy(history_cache_bytes=limit) for limit in (32 << 20, 0)]
+        for r in runs:
+            for turns in range(20, 30):
+                self.assertEqual(r.ask(dict(session(turns), stream=True))[0], 200)
+        known, plain = map(self.sent, runs)
+        self.assertEqual(known, plain)
+        self.assertEqual(self.figures(runs[0])["hits"], 9)
+        self.assertGreater(self.figures(runs[0])["hit_bytes"], 9 * 35000)
+        self.assertIn(b"proxy_history_cache_hits 9\n", runs[0].send("GET", "/metrics")[2])
+        self.assertEqual(set(self.figures(runs[1]).values()), {0})
+
+    def test_what_is_refused_is_translated_whole_and_then_repaired(self):
+        refuse = []
+
+        def script(body, model_, path):
+            signed = json.dumps(SIGNATURE) in json.dumps(body["contents"])
+            return error_body(400, "Invalid thought signature.") if refuse and signed else OK_ANSWER
+        r = self.run_proxy(script)
+        r.fake.issued[SIGNATURE] = ("Tool1", {"p1": "x" * 300})
+        for i in range(31):
+            r.server.signatures.put("toolu_%d" % i, SIGNATURE)
+        self.assertEqual(r.ask(session(30))[0], 200)
+        refuse.append(True)
+        self.assertEqual(r.ask(session(31))[0], 200)
+        self.assertEqual(self.figures(r)["hits"], 1)
+        before, after = self.sent(r)[-2:]
+        self.assertEqual([len(body["contents"]) for body in (before, after)], [63, 63])
+        self.assertIn(SIGNATURE, json.dumps(before))
+        self.assertNotIn(SIGNATURE, json.dumps(after))
+
+    def test_with_client_keys_nothing_is_shared(self):
+        r = self.run_proxy(client_keys=True, gemini_api_key="")
+        for key, hits in (("a", 0), ("b", 0), ("a", 1), ("b", 2)):
+            self.assertEqual(r.ask(session(20), x_api_key=key)[0], 200)
+            self.assertEqual(self.figures(r)["hits"], hits)
+
+    def test_a_fallback_model_gets_the_whole_conversation(self):
+        fallback = []
+
+        def script(body, model, path):
+            return QUOTA_ANSWER if fallback and "2.5" not in model else OK_ANSWER
+        r = self.run_proxy(script, fallback_models=("gemini-2.5-flash",))
+        for turns in (20, 21):
+            self.assertEqual(r.ask(session(turns))[0], 200)
+            fallback.append(True)
+        self.assertEqual(self.figures(r)["hits"], 1)
+        plain = proxy.to_gemini(session(21), "gemini-2.5-flash", CONFIG)
+        self.assertEqual(self.sent(r)[-1]["contents"], plain.body["contents"])
+
+    def test_what_is_kept_is_bounded_in_bytes_and_in_time(self):
+        now, signatures = [0.0], proxy.SignatureCache(1000, 100, 1 << 20)
+        cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 4 << 20, lambda: now[0])
+        tracemalloc.start()
+        try:
+            for i in range(30):
+                body = session(100, tools=0)
+                body["messages"][0]["content"] = "%d" % i
+                request_, read = cache.open(json.dumps(body).encode(), str)
+                proxy.to_gemini(request_, FLASH, CONFIG, read=read)
+                self.assertGreater(cache.figures["bytes"], 100000)
+            del request_, read, body
+            gc.collect()
+            self.assertLess(tracemalloc.get_traced_memory()[0], 5 << 20)
+        finally:
+            tracemalloc.stop()
+        now[0] += 3601
+        cache.keep([], [])
+        self.assertEqual((cache.figures["bytes"], cache._root.next), (0, []))
+
+    def test_the_section_can_be_left_out(self):
+        with open(proxy.__file__, encoding="utf-8") as file:
+            source = file.read()
+        start = source.index("# ---- Incremental translation")
+        source = source[:start] + source[source.index("# ---- 12.", start):]
+        for used, instead in (
+                ("server.histories.open(body, self.client_key)", "server.tools.parse(body), None"),
+                ("HistoryCache(config, self.signatures, self.tools.parse,\n"
+                 "                                      0 if upstream else "
+                 "config.history_cache_bytes)",
+                 "type('None', (), {'figures': {}})()")):
+            self.assertEqual(source.count(used), 1)
+            source = source.replace(used, instead)
+        module = types.ModuleType("without_incremental")
+        with mock.patch.dict(sys.modules, {module.__name__: module}):
+            exec(compile(source, "without", "exec"), vars(module))
+            with mock.patch.dict(globals(), {"proxy": module}):
+                r = self.run_proxy()
+                self.assertEqual(r.ask(session(20))[0], 200)
+                self.assertEqual(r.send("GET", "/metrics")[0], 200)
+        plain = proxy.to_gemini(session(20), FLASH, CONFIG)
+        self.assertEqual(self.sent(r)[-1], json.loads(proxy.dump_json(plain.body)))
 
 
 # ---- 12. Retries, keys and fallback models --------------------------------------------------
@@ -4409,6 +4726,8 @@ class Endpoints(ProxyCase):
         model_ = 'model="gemini-3.8-flash"'
         self.assertEqual(lines, [
             "# TYPE proxy_connections gauge",
+            *(line for name in ("bytes", "hit_bytes", "hits") for line in (
+                "# TYPE proxy_history_cache_%s gauge" % name, "proxy_history_cache_%s 0" % name)),
             "# TYPE proxy_signature_cache_bytes gauge", "proxy_signature_cache_bytes 0",
             "# TYPE proxy_signature_cache_entries gauge", "proxy_signature_cache_entries 0",
             "# TYPE proxy_uptime_seconds gauge",
