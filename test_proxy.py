@@ -1398,6 +1398,11 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
             user("hi"), called(hashed(""), hashed("", "_1"), hashed("ü" * 4000)),
             user(response(hashed(""), {"output": "1"}), response(hashed("", "_1"), {"output": "2"}),
                  response(hashed("ü" * 4000), {"output": "3"}))),
+    becomes("ids that stand for others already",
+            request("hi", says(uses("a"), uses("a_2"), uses("a")), results("a", "a_2")),
+            user("hi"), called("a", "a_2", hashed("a 2")),
+            user(response("a"), response("a_2"),
+                 response(hashed("a 2"), {"error": proxy.NO_RESULT}))),
     becomes("input that is no object", request("hi", says(uses(input_=[1])), results("toolu_1")),
             user("hi"), model(call(args={"value": [1]}, signature=DUMMY)), user(response())),
     becomes("a signature brought back by the client, and a foreign one",
@@ -1452,6 +1457,8 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
     becomes("a text document in base64, with a title and a context", request(asks(document(
         "text/plain", base64.b64encode("Dé".encode()).decode(), title="T", context="C"))),
         user("T\nC", "Dé")),
+    becomes("a text document that is not in UTF-8", request(asks(document(
+        "text/plain", base64.b64encode(b"a\xff").decode()))), user("a\ufffd")),
     becomes("tools that ran in an earlier answer", request("a", says(
         {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},
         {"type": "web_search_tool_result", "tool_use_id": "s", "content": [
@@ -1567,6 +1574,8 @@ THINKING_CASES = (  # model, request fields, thinkingConfig, maxOutputTokens
     (FLASH, dict(THINK, **MAX_EFFORT), thinks("HIGH"), 1000),
     (FLASH, dict(MAX_EFFORT, thinking={"type": "disabled"}), thinks("LOW", include=False), 9192),
     (FLASH, BUDGET, thinks("HIGH"), 1000),
+    (FLASH, {"thinking": {"type": "enabled", "budget_tokens": 4096}}, thinks("LOW"), 1000),
+    (FLASH, {"thinking": {"type": "enabled", "budget_tokens": 4097}}, thinks("MEDIUM"), 1000),
     (PRO_25, {}, thinks(budget=128, include=False), 9192),
     (PRO_25, THINK, thinks(budget=-1), 1000),
     ("gemini-2.5-flash", {}, {"thinkingBudget": 0}, 1000),
@@ -1593,6 +1602,9 @@ BAD_BLOCKS = (  # a user's block, how the message goes on after "messages[0].con
     ({"type": "image", "source": {"type": "new"}},
      '.source.type: must be base64 or url, not "new"'),
     (result(5), ".tool_use_id: must be a string, not an integer"),
+    (document(data=""), ".source.data: pdf cannot be empty"),
+    (document("text/plain", 5, "text"), ".source.data: must be a string, not an integer"),
+    ({"type": "image", "source": {"type": "url"}}, ".source.url: must be a string, not null"),
     (result("toolu_1", [image(GIF, "image/gif")]),
      ".content[0].source.media_type: could not process image"),
     ({"type": "document", "source": {"type": "content", "content": [text("D"), image("A")]}},
@@ -1616,6 +1628,7 @@ BAD_REQUESTS = tuple(  # request, how the message starts
     (request("x", says({"type": "tool_use", "id": 5, "name": "B"})), "messages[1].content[0].id: "),
     (request("x", says({"type": "tool_use", "id": "5"})), "messages[1].content[0].name: "),
     (request(system=[{"type": "image"}]), "system[0].type: "),
+    (request(system([{"type": "text"}]), "a"), "messages[0].content[0].text: "),
     (request(tools=[{}]), "tools[0].name: "),
     (request(tools=[1]), "tools[0]: "),
     (request(tools=[dict(TOOL, input_schema=[])]), "tools[0].input_schema: "),
@@ -1771,9 +1784,9 @@ SCHEMA_CASES = (  # name, a tool's schema, what Gemini gets
      dict(S, format="date-time", pattern="^a$")),
     ("formats and bounds of numbers", an_object(
         a=dict(INT, format="int64", minimum=1.5, maximum=True, default=None, title="T"),
-        b={"type": "number", "format": "int64"}),
+        b={"type": "number", "format": "int64", "minimum": 2}),
      an_object(a=dict(INT, format="int64", minimum=1.5, default=None, title="T"),
-               b={"type": "number", "description": "(format: int64)"})),
+               b={"type": "number", "minimum": 2, "description": "(format: int64)"})),
     ("required names, each once", an_object("a", "a", "z", a=S), an_object("a", a=S)),
     ("additionalProperties", an_object(a=dict(an_object(a=S), additionalProperties=INT),
                                        b=dict(an_object(a=S), additionalProperties=False)),
@@ -2034,7 +2047,8 @@ ARGUMENT_CASES = (  # schema of an argument, what the model sends, what the clie
     ({"type": "number"}, "1e2", 100.0), (WITH_FLAG, {"b": "true"}, {"b": True}),
     (WITH_FLAG, "{}", {}), (INTEGERS, ["1", "x"], [1, "x"]), (INTEGERS, "[1]", [1]),
     ({"type": "array"}, ["1"], ["1"]), (S, True, "true"), (S, 1.5, "1.5"), (S, [1], [1]),
-    (S, "5", "5"), ({"type": ["integer", "null"]}, "null", None),
+    (S, "5", "5"), (S, '"x"', '"x"'), ({"type": "number"}, "5", 5),
+    ({"type": ["integer", "null"]}, "null", None),
     (dict(S, enum=["", "a"]), "", ""), (one_of(S, INT), 5, 5), ({"oneOf": [INT, FLAG]}, "5", 5),
     (one_of(S, {}), 5, 5), (one_of(S, 5), 5, 5), ({"$ref": "#/a"}, 5, 5),
     ({"allOf": [S]}, 5, 5), (5, "", ""), (INT, "[" * 9000, "[" * 9000))
@@ -2204,6 +2218,27 @@ class Answers(unittest.TestCase):
             with self.subTest(schema):
                 self.assertEqual(proxy.repair_arguments(args, schema), expected)
 
+    def test_a_message_is_made_of_copies_of_its_events(self):
+        emitter = proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None)
+        events = list(proxy.events_from_gemini(
+            [chunk("It.", finish="STOP", groundingMetadata=GROUNDING)], emitter))
+        before = copy.deepcopy(events)
+        proxy.message_from_events(events)
+        self.assertEqual(events, before)
+
+    def test_a_keep_alive_is_an_empty_delta_of_what_is_open(self):
+        translation = proxy.to_gemini(request(**THINK), FLASH, CONFIG)
+        emitter = proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None, translation)
+        start, delta = emitter.keep_alive()
+        self.assertEqual(start["content_block"],
+                         {"type": "thinking", "thinking": "", "signature": ""})
+        self.assertEqual(delta["delta"], {"type": "thinking_delta", "thinking": ""})
+        emitter.feed([chunk("a")])
+        self.assertEqual([event["delta"] for event in emitter.keep_alive()],
+                         [{"type": "text_delta", "text": ""}])
+        emitter.feed([chunk(BASH)])
+        self.assertEqual(emitter.keep_alive(), [])
+
     def test_keep_alive_adds_nothing_to_the_message(self):
         emitter = proxy.MessageEmitter("m", lambda p: p + "1", lambda k, s: None)
         events = emitter.start() + emitter.keep_alive()
@@ -2316,6 +2351,8 @@ FRAMINGS = (  # an upstream's answer, (status, body, whether the connection can 
     (EARLY + OK + b"content-length:2\r\n\r\nab", (200, b"ab", True)),
     (OK + b"Transfer-Encoding: Chunked\r\n\r\n1\r\na\r\n1\r\nb\r\n0\r\n\r\n", (200, b"ab", True)),
     (OK + b"\r\nab", (200, b"ab", False)),
+    (OK + b"Content-Length: 2\r\n\r\nabcd", (200, b"ab", True)),
+    (OK + b"no field\r\nContent-Length: 2\r\n\r\nab", (200, b"ab", True)),
     (OK + b"Connection: Close\r\nContent-Length: 2\r\n\r\nab", (200, b"ab", False)),
     (b"HTTP/1.0 404 x\r\nContent-Length: 2\r\n\r\nab", (404, b"ab", False)),
     (b"HTTP/1.1 204 x\r\n\r\n", (204, b"", True)),
@@ -2710,6 +2747,17 @@ class State(unittest.TestCase):
         self.assertEqual([ring.acquire("other") for _ in range(2)], [0, 1])
         now[0] = 6
         self.assertEqual(sorted(ring.acquire("m") for _ in range(3)), [0, 1, 2])
+
+    def test_cool_downs_that_are_over_make_room_for_new_ones(self):
+        now = [0.0]
+        ring = proxy.KeyRing(["a"], lambda: now[0])
+        ring.LIMIT = 2
+        ring.cool_down(0, "short", 5)
+        ring.cool_down(0, "long", 100)
+        ring.cool_down(0, "no room", 100)
+        now[0] = 6
+        ring.cool_down(0, "new", 50)
+        self.assertEqual(ring.states()[0]["cooldown"], {"long": 94, "new": 50})
 
     def test_when_all_keys_cool_down_the_first_that_will_be_ready_is_taken(self):
         now = [0.0]
@@ -3918,6 +3966,10 @@ class Retries(ProxyCase):
         r = self.run_proxy(gemini_api_base=upstream.url)
         return r.ask(request(stream=True))[1][-1]["type"]
 
+    def test_a_framed_stream_of_Geminis_may_lack_a_finish_reason(self):
+        r = self.run_proxy(lambda *args: [chunk("a")], max_retries=0)
+        self.assertEqual(answer(r, request(stream=True)), [("text", "a")])
+
     def test_an_unframed_stream_without_a_finish_reason_was_cut(self):
         hello = b"data: %s\r\n\r\n" % json.dumps(chunk("Hello")).encode()
         self.assertEqual(self.unframed(hello), "error")
@@ -4460,7 +4512,7 @@ class Tunnel:
     """A company's HTTP proxy that knows CONNECT and nothing else."""
 
     def __init__(self):
-        self.places = []
+        self.places, self.heads = [], []
         self.server = socket.create_server(("127.0.0.1", 0))
         self.url = "http://127.0.0.1:%d" % self.server.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -4475,6 +4527,7 @@ class Tunnel:
         head = b""
         while b"\r\n\r\n" not in head:  # Python 3.8 sends it in pieces
             head += client.recv(4096)
+        self.heads.append(head)
         self.places.append(head.split()[1].decode())
         target = socket.create_connection(("127.0.0.1", int(self.places[-1].split(":")[1])))
         client.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -4600,6 +4653,16 @@ class CompanyNetworks(ProxyCase):
         self.assertEqual(self.three_answers(**environment)[0], [200] * 3)
         self.assertEqual(self.tunnel.places, ["localhost:%d" % self.fake.server_port])
 
+    def test_the_password_of_the_companys_proxy_goes_to_it_alone(self):
+        url = self.tunnel.url.replace("http://", "http://user:secret@")
+        self.assertEqual(self.three_answers(SSL_CERT_FILE=self.ca, HTTPS_PROXY=url)[0], [200] * 3)
+        (head,) = self.tunnel.heads
+        self.assertIn(b"proxy-authorization: basic " + base64.b64encode(b"user:secret").lower(),
+                      head.lower())
+        self.assertNotIn(b"x-goog-api-key", head.lower())
+        for asked in self.fake.requests:
+            self.assertNotIn("proxy-authorization", asked["headers"])
+
     def test_no_proxy_goes_past_the_tunnel(self):
         environment = {"HTTPS_PROXY": self.tunnel.url, "NO_PROXY": "localhost"}
         self.assertEqual(self.three_answers(SSL_CERT_FILE=self.ca, **environment)[0], [200] * 3)
@@ -4661,6 +4724,8 @@ class Endpoints(ProxyCase):
         self.assertLess(shown.pop("milliseconds"), 60000)
         self.assertEqual(shown, {"status": "ok", "model": "gemini-3.5-flash-lite",
                                  "answer": "You said: Say ok."})
+        generation = r.fake.requests[-1]["body"]["generationConfig"]
+        self.assertEqual(generation["maxOutputTokens"], 16 + proxy.THINKING_HEADROOM)
         self.assertEqual(self.get_json(r, "/health"),
                          {"status": "ok", "version": proxy.__version__})
         self.assertEqual(self.get_json(r, "/api/hello"), {})
@@ -4809,6 +4874,8 @@ class Endpoints(ProxyCase):
                 (post_bytes(request(stream=True)), b"1.1", "200 OK",
                  stream + ["Transfer-Encoding: chunked"]),
                 (post_bytes(request(stream=True)), b"1.0", "200 OK",
+                 stream + ["Connection: close"]),
+                (post_bytes(request(stream=True), b"Connection: keep-alive\r\n"), b"1.0", "200 OK",
                  stream + ["Connection: close"])):
             with self.subTest(data[:20], version=version):
                 got = r.raw(data.replace(b"HTTP/1.1", b"HTTP/" + version))
@@ -4830,6 +4897,107 @@ class Endpoints(ProxyCase):
             got = r.raw(bad + good)
             self.assertEqual(got.count(b"HTTP/1.1 "), 1, got)
             self.assertIn(b"\r\nConnection: close\r\n", got)
+
+    def test_addresses_of_other_clients_are_understood(self):
+        r = self.run_proxy()
+        for path in ("/v1/v1/messages", "/messages", "/v1/messages/", "//v1/messages"):
+            self.assertEqual(r.send("POST", path, request())[0], 200, path)
+        self.assertEqual(r.send("POST", "/messages/count_tokens", request())[0], 200)
+
+    def test_a_request_line_of_another_form_is_refused(self):
+        r = self.run_proxy()
+        for line in (b"get / HTTP/1.1", b"GET health HTTP/1.1", b"GET / HTTP/2.0", b"GET /",
+                     b"GET / http/1.1", b"GET /\x01 HTTP/1.1", b"GET  / HTTP/1.1",
+                     b"GET / HTTP/1.1 "):
+            with self.subTest(line):
+                got = r.raw(line + b"\r\nHost: localhost\r\n\r\n")
+                self.assertTrue(got.startswith(b"HTTP/1.1 400 Bad Request\r\n"), got)
+                self.assertIn(b"Bad HTTP request: the request line is not METHOD /path", got)
+
+    def test_line_ends_before_a_request_are_passed_over(self):
+        r = self.run_proxy()
+        good = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        self.assertEqual(r.raw(b"\r\n\n" + good + b"\r\n" + good).count(b" 200 OK"), 2)
+
+    def test_a_client_that_waits_for_100_Continue_gets_it(self):
+        r = self.run_proxy()
+        for version, expected in ((b"1.1", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n"),
+                                  (b"1.0", b"HTTP/1.1 200 OK\r\n")):
+            data = post_bytes(request(), b"Expect: 100-Continue\r\n").replace(b"1.1", version)
+            self.assertTrue(r.raw(data).startswith(expected))
+
+    def test_telemetry_is_read_and_the_connection_kept(self):
+        r = self.run_proxy()
+        data = (b"POST /api/event_logging/batch HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Length: 2\r\n\r\n{}")
+        self.assertEqual(r.raw(data * 2).count(b" 200 OK"), 2)
+
+    def test_the_status_shows_what_is_under_way(self):
+        r = self.run_proxy(lambda *args: ["hang"], ping_interval=0.2)
+        sock = self.connect(r.port)
+        sock.sendall(post_bytes(request(stream=True)))
+        self.assertTrue(wait_for(lambda: self.get_json(r, "/")["live"]))
+        (live,) = self.get_json(r, "/")["live"]
+        self.assertLess(live.pop("seconds"), 60)
+        self.assertEqual(live, {"requested": "claude-sonnet-5", "model": "gemini-3.8-flash",
+                                "retries": 0})
+
+    def test_the_status_has_exactly_these_fields(self):
+        shown = self.get_json(self.run_proxy(gemini_api_key="k1,k2"), "/")
+        self.assertEqual(set(shown), set(
+            "minutes recent name version settings uptime_seconds keys models signatures live"
+            " spent_usd counters".split()))
+        self.assertEqual((shown["name"], shown["version"], shown["signatures"]),
+                         ("claude_gemini_proxy", proxy.__version__, {"entries": 0, "bytes": 0}))
+        self.assertEqual(shown["models"], {
+            "opus": FLASH, "sonnet": FLASH, "haiku": "gemini-3.5-flash-lite"})
+        self.assertEqual([key["number"] for key in shown["keys"]], [1, 2])
+        secret = {"gemini_api_key", "gemini_token_command", "proxy_auth_token",
+                  "openrouter_api_key", "openai_api_key", "anthropic_api_key"}
+        self.assertEqual(set(shown["settings"]), {
+            row.name for row in dataclasses.fields(proxy.Config)} - secret)
+
+    def test_upstream_gets_exactly_these_headers(self):
+        r = self.run_proxy()
+        r.ask(request(), authorization="Bearer own", x_custom="x", anthropic_beta="b")
+        (asked,) = r.fake.requests
+        length = asked["headers"].pop("content-length")
+        self.assertEqual(int(length), len(asked["raw"]))
+        self.assertEqual(asked["headers"], {
+            "host": "127.0.0.1:%d" % r.fake.server_port, "content-type": "application/json",
+            "accept-encoding": "identity", "x-goog-api-key": "k1",
+            "user-agent": "claude_gemini_proxy/" + proxy.__version__})
+
+    def test_the_list_of_models_is_asked_for_once(self):
+        r = self.run_proxy()
+        member, asked = r.server.upstream.members["gemini"], []
+        member.list_models = lambda key: asked.append(key) or {FLASH: model_info(FLASH)}
+        for _ in range(2):
+            self.assertEqual(len(self.model_ids(r)), 5)
+        self.assertEqual(asked, [""])
+
+    def test_a_key_at_its_limit_is_shown_with_the_seconds_that_it_rests(self):
+        r = self.run_proxy(lambda *args: error_body(429, "Please retry in 40s."), max_retries=0)
+        r.ask(request())
+        (key,) = self.get_json(r, "/")["keys"]
+        self.assertIn(key["cooldown"][FLASH], (39, 40))
+
+    def test_how_calls_were_signed_is_counted(self):
+        r = self.run_proxy(lambda *args: OK_ANSWER)
+        r.ask(request("a", says(FROM_CLIENT, uses("t1")), results("t1"), says(uses("t2")),
+                      results("t2")))
+        counted = r.send("GET", "/metrics")[2]
+        for kind in (b"from_client", b"dummy"):
+            self.assertIn(b'signatures_total{kind="%s"} 1\n' % kind, counted)
+
+    def test_estimates_learn_from_the_answers(self):
+        r = self.run_proxy(lambda *args: [chunk("a", finish="STOP",
+                                                usage={"promptTokenCount": 40})])
+        translation = proxy.to_gemini(request(), FLASH, CONFIG)
+        before = r.server.tokens.estimate(4000, translation)
+        r.ask(request())
+        self.assertTrue(wait_for(
+            lambda: r.server.tokens.estimate(4000, translation) != before))
 
     def test_the_page_of_our_own_may_ask(self):
         r = self.run_proxy()
@@ -5274,10 +5442,16 @@ class NoTokens(ProxyCase):
             message = proxy.message_from_events(answer_) if stream else answer_
             self.assertEqual((status, message["content"], message["stop_reason"]),
                              (200, [], "max_tokens"))
-            self.assertGreater(message["usage"]["input_tokens"], 0)
-            self.assertEqual(message["usage"]["output_tokens"], 0)
-            self.assertEqual([q["path"].partition(":")[2] for q in r.fake.requests],
-                             ["countTokens"])
+            (asked,) = r.fake.requests
+            self.assertEqual(asked["path"].partition(":")[2], "countTokens")
+            counted = len(json.dumps(asked["body"])) // 4  # as FakeGemini does it
+            self.assertEqual((message["usage"]["input_tokens"], message["usage"]["output_tokens"]),
+                             (counted, 0))
+
+    def test_where_nothing_counts_an_answer_of_no_tokens_has_an_estimate(self):
+        r = self.run_proxy(gemini_api_key="bad")
+        usage = r.ask(request("x" * 4000, max_tokens=0))[1]["usage"]
+        self.assertTrue(900 < usage["input_tokens"] < 1100, usage)
 
 
 class Sessions(ProxyCase):
@@ -5498,6 +5672,8 @@ CHUNK_CASES = (  # name, chunks, what a reader gets, stop_reason
      [("text", "a")], "max_tokens"),
     ("a broken call", [A, oa_call(0, '{"comm', "a", "Bash"), CALLS],
      unreadable('{"comm'), "end_turn"),
+    ("two reasons, of which the first counts", [A, STOP, oa("length")], [("text", "a")],
+     "end_turn"),
     ("a filter", [A, oa("content_filter")],
      [("text", "a\n\n[The model stopped this answer: SAFETY.]")], "refusal"),
     ("a refusal", [oa(refusal="No."), oa(refusal=" Never."), STOP],
@@ -5599,6 +5775,11 @@ OPENAI_CASES = (  # name, dialect, request, the fields that the body must have
           ({"thinking": {"type": "enabled", "budget_tokens": 9999}}, {"max_tokens": 3976}))],
     ("an effort without thinking", "other", request(output_config={"effort": "low"}),
      {"reasoning_effort": None}),
+    *[("ids of calls, %s" % dialect, dialect, request("go", says(uses(id_)), results(id_)),
+       {"messages": [GO, dict({"role": "assistant", "tool_calls": [chat_call(sent)]},
+                              **({"content": ""} if dialect == "other" else {})),
+                     {"role": "tool", "tool_call_id": sent, "content": "r " + id_}]})
+      for dialect, id_, sent in (("openai", "t1", "t1"), ("other", "t" * 50, "t" * 50))],
 )
 COUNTS = {"promptTokenCount": 0, "candidatesTokenCount": 0, "thoughtsTokenCount": 0,
           "cachedContentTokenCount": 0}
@@ -5619,6 +5800,7 @@ DETAILS = [{"type": "reasoning.text", "text": "a", "index": 0, "id": None},
            {"type": "reasoning.text", "text": "c", "index": 0, "id": "y"},
            {"type": "reasoning.summary", "summary": "s", "index": 1},
            {"type": "reasoning.summary", "summary": "t", "index": 1},
+           {"type": "reasoning.summary", "summary": "u", "index": 2},
            {"type": "reasoning.encrypted", "data": "d", "index": 1},
            {"type": "reasoning.encrypted", "data": "e", "index": 1},
            {"type": "reasoning.text", "text": "f", "signature": "S"},
@@ -5632,7 +5814,7 @@ PIECE_CASES = (  # name, chunks, the parts that they become; `kept` is what must
     ("reasoning that goes with the first call",
      [oa(reasoning_details=DETAILS), oa_call(0, "{}", "i", "Bash", **EXTRA),
       oa_call(1, "{}", None, "Bash"), CALLS],
-     [thought("abcstfg"), dict(BASH_CALL, callId="aQ", kept=dict(EXTRA, reasoning_details=JOINED)),
+     [thought("abcstufg"), dict(BASH_CALL, callId="aQ", kept=dict(EXTRA, reasoning_details=JOINED)),
       BASH_CALL]),
     ("reasoning that goes with a text", [oa(reasoning_details=DETAILS[:1]), A, STOP],
      [thought("a"), {"text": "a"}, {"text": "", "kept": {"reasoning_details": DETAILS[:1]}}]),
@@ -5677,6 +5859,7 @@ ROUTE_CASES = (  # which of these are set, the name that a client asks for, the 
     ("gro", "x/y", "openrouter/x/y"),
     ("o", "gpt-9", "openai/gpt-9"),
     ("l", "claude-opus-5", "openai/default"),
+    ("l", "claude-haiku-4-5", "openai/default"),
     ("l", "openai/llama", "openai/llama"),
     ("l", "meta/llama", "openai/meta/llama"),
     ("l", "anthropic/claude-x", "openai/default"),
@@ -5899,8 +6082,16 @@ class ChatCompletions(ProxyCase):
                 ({"openrouter_api_key": "k"}, "openrouter", proxy.OPENROUTER_BASE),
                 ({"openai_api_key": "k"}, "openai", proxy.OPENAI_BASE),
                 (dict(base, openrouter_api_key="k"), "openrouter", "http://x"),
-                (both, "openrouter", proxy.OPENROUTER_BASE)):
+                (both, "openrouter", proxy.OPENROUTER_BASE),
+                (dict(both, anthropic_api_key="k"), "anthropic", proxy.ANTHROPIC_BASE)):
             self.assertEqual(proxy.Config(**settings).base(upstream), expected, settings)
+
+    def test_each_server_has_its_dialect(self):
+        for settings, upstream, expected in (
+                ({"openai_api_key": "k"}, "openai", "openai"),
+                ({"openai_api_base": "http://x"}, "openai", "other"),
+                ({"openrouter_api_key": "k"}, "openrouter", "openrouter")):
+            self.assertEqual(proxy.openai_dialect(upstream, proxy.Config(**settings)), expected)
 
     def test_kept_reasoning_goes_back_to_its_own_kind_of_upstream_only(self):
         kept = proxy.kept_signature({"reasoning_details": [1]}, "openrouter")
@@ -6093,6 +6284,13 @@ class OtherUpstreams(ProxyCase):
         self.assertEqual(fake.requests[-1]["body"]["messages"][0]["content"],
                          "[An image that this model cannot see.]")
 
+    def test_only_a_stream_is_asked_for_its_usage(self):
+        r, fake = self.run_openai(lambda body: [A, STOP])
+        for stream, expected in ((True, (True, {"include_usage": True})), (False, (None, None))):
+            r.ask(request(model="x/y", stream=stream))
+            sent = fake.requests[-1]["body"]
+            self.assertEqual((sent.get("stream"), sent.get("stream_options")), expected)
+
     def test_errors_and_retries_are_as_with_gemini(self):
         for reply, status, words, tries in OPENAI_ERROR_CASES:
             with self.subTest(reply):
@@ -6246,6 +6444,33 @@ class OtherUpstreams(ProxyCase):
                                  b'{"model": "anthropic/claude-opus-5"}')
         self.assertEqual((status, data), (418, b'{"odd":  true}'))
         self.assertEqual(fake.requests[0]["body"], {"model": "claude-opus-5"})
+
+    def test_a_budget_does_not_pass_through_but_counts_do(self):
+        fake = self.fake_openai(lambda body: (200, b"{}"))
+        self.replace(proxy, "ANTHROPIC_BASE", fake.url[:-len("/v1")])
+        r = self.run_proxy(gemini_api_key="", anthropic_api_key="k", budget_usd=5.0)
+        body = {"model": "claude-x"}
+        self.assertEqual(r.send("POST", "/v1/messages/count_tokens", body)[0], 200)
+        status, headers, data = r.send("POST", "/v1/messages", body)
+        self.assertEqual((status, headers["x-should-retry"]), (402, "false"))
+        self.assertIn(b"BUDGET_USD cannot be kept for anthropic/claude-x", data)
+
+    def test_headers_of_the_SDK_pass_through_and_those_of_a_connection_do_not(self):
+        def counted(sock, head):
+            heads.append(head.lower())
+            sock.sendall(b"HTTP/1.1 200 OK\r\nKeep-Alive: timeout=5\r\nTrailer: x\r\nX-A: b\r\n"
+                         b"Content-Length: 3\r\n\r\nabc")
+        heads, upstream = [], BytesUpstream(counted)
+        self.addCleanup(upstream.close)
+        self.replace(proxy, "ANTHROPIC_BASE", upstream.url)
+        r = self.run_proxy(gemini_api_key="", anthropic_api_key="k")
+        passed = [b"x-stainless-lang: js", b"anthropic-version: 1", b"anthropic-beta: b",
+                  b"accept: text/x", b"accept-encoding: gzip", b"user-agent: sdk/1",
+                  b"anthropic-dangerous-direct-browser-access: true"]
+        data = post_bytes({"model": "claude-x"}, b"".join(line + b"\r\n" for line in passed))
+        self.assertEqual(r.raw(data), b"HTTP/1.1 200 OK\r\nx-a: b\r\ncontent-length: 3\r\n\r\nabc")
+        for line in passed:
+            self.assertIn(b"\r\n%s\r\n" % line, heads[0])
 
     def test_what_passes_through_is_in_the_log_and_on_the_page(self):
         r, _ = self.run_anthropic(lambda body: (200, b"{}"))
@@ -6779,6 +7004,81 @@ class Program(ProxyCase):
         self.assertEqual((status, output), (
             2, "claude_gemini_proxy: 127.0.0.1:%d: %s: the proxy runs there already, or choose"
                " another --port\n" % (port, os.strerror(errno.EADDRINUSE))))
+
+    def test_help_names_the_settings_that_are_no_flags(self):
+        status, output = self.main("--help", COLUMNS="200")
+        self.assertEqual(status, 0)
+        self.assertRegex(output, "\n  PROXY_AUTH_TOKEN: token that clients must send")
+        self.assertNotIn("--proxy-auth-token", output)
+        self.assertEqual(self.main("--version"),
+                         (0, "claude_gemini_proxy %s\n" % proxy.__version__))
+
+    def test_arguments_are_divided_between_the_program_and_the_client(self):
+        for args, expected in (
+                ([], ("serve", {}, [])), (["--demo"], ("serve", {"demo": True}, [])),
+                (["env", "fish", "--port", "1"], ("env", {"port": "1"}, ["fish"])),
+                (["--debug", "run", "x", "env"], ("run", {"debug": "true"}, ["x", "env"])),
+                (["run", "--", "--x"], ("run", {}, ["--x"])), (["check"], ("check", {}, []))):
+            with self.subTest(args):
+                command, flags, rest = proxy.parse_arguments(args)
+                given = {name: value for name, value in flags.items() if value}
+                self.assertEqual((command, given, rest), expected)
+
+    def test_a_bad_argument_is_told_with_what_there_is(self):
+        for args, words in (
+                (["env", "x"], 'env takes sh, bash, zsh, fish, powershell, pwsh, cmd, not "x"'),
+                (["env", "--x"], "not understood: --x; see --help"),
+                (["--x=s3cret"], "not understood: --x; see --help"),
+                (["--AIza" + "x" * 35], "not understood: --[key]: keys are taken from the"),
+                (["--x", "run", "y"], "not understood: --x; see --help")):
+            with self.subTest(args):
+                status, output = self.main(*args)
+                self.assertEqual(status, 2)
+                self.assertIn(words, output)
+                self.assertNotIn("s3cret", output)
+
+    def test_one_slip_is_a_letter_left_out_added_changed_or_moved(self):
+        for given, expected in (
+                ("PORT", True), ("PRT", True), ("ORT", True), ("POR", True), ("PORTS", True),
+                ("XPORT", True), ("POORT", True), ("PART", True), ("XORT", True), ("PROT", True),
+                ("POTR", True), ("PT", False), ("PORTAL", False), ("TROP", False), ("", False),
+                ("PXXT", False), ("ROPT", False)):
+            self.assertEqual(proxy.is_one_slip(given, "PORT"), expected, given)
+
+    def test_a_name_of_a_setting_is_no_slip_of_another(self):
+        self.assertEqual(list(proxy.misspelled({"PORT": "1", "OPENAI_API_KEY": "k", "X": "y",
+                                                "PROT": "2"})), [("PROT", "PORT")])
+
+    def test_env_names_an_address_that_can_be_reached_and_a_token(self):
+        for environment, address, token in (
+                ({}, "http://127.0.0.1:8318", "local"),
+                ({"HOST": "::", "PROXY_AUTH_TOKEN": "t"}, "'http://[::1]:8318'", "t"),
+                ({"HOST": "::1", "PROXY_AUTH_TOKEN": "t"}, "'http://[::1]:8318'", "t"),
+                ({"HOST": "0.0.0.0", "PROXY_AUTH_TOKEN": "t"}, "http://127.0.0.1:8318", "t"),
+                ({"HOST": "h.example", "PROXY_AUTH_TOKEN": "t"}, "http://h.example:8318", "t"),
+                ({"CLIENT_KEYS": "1", "ANTHROPIC_AUTH_TOKEN": "own"}, "http://127.0.0.1:8318",
+                 "own"),
+                ({"ANTHROPIC_AUTH_TOKEN": "own"}, "http://127.0.0.1:8318", "local")):
+            with self.subTest(environment):
+                status, output = self.main("env", **environment)
+                self.assertEqual(status, 0)
+                self.assertIn("export ANTHROPIC_BASE_URL=%s\n" % address, output)
+                self.assertIn("export ANTHROPIC_AUTH_TOKEN=%s" % token, output)
+                self.assertNotIn("unset", output)
+        self.assertIn("\nunset ANTHROPIC_API_KEY\n",
+                      self.main("env", ANTHROPIC_API_KEY="own")[1])
+
+    def test_each_command_does_its_own(self):
+        for name in ("start_logging", "tune_memory"):
+            self.replace(proxy, name, lambda *args, **more: None)
+        self.replace(proxy, "make_server", lambda config, upstream: upstream)
+        done = []
+        for name in ("run_client", "check_setup"):
+            self.replace(proxy, name, lambda *args, name=name: done.append((name, *args[1:])))
+        for args in (["run"], ["run", "x", "y"], ["check"]):
+            self.main(*args, GEMINI_API_KEY="k")
+        self.assertEqual(done, [("run_client", ["claude"]), ("run_client", ["x", "y"]),
+                                ("check_setup",)])
 
     def announced(self, demo=False, **settings):
         """The lines at the start, without the hints."""
