@@ -4418,12 +4418,12 @@ class Connections(ProxyCase):
     def test_slow_clients_are_cut_off_and_hold_up_nobody(self):
         r = self.run_proxy()
         for name in ("head_seconds", "body_seconds", "idle_seconds", "drain_seconds"):
-            self.replace(proxy.ProxyHandler, name, 0.4)
+            self.replace(proxy.ProxyHandler, name, 0.3)
         slow = [self.connect(r.port) for _ in range(100)]
         for i, sock in enumerate(slow):
             sock.sendall((b"", b"POST /v1/mess", post_bytes(request())[:-5])[i % 3])
         for _ in range(3):  # a byte now and then buys no more time
-            time.sleep(0.1)
+            time.sleep(0.08)
             for i, sock in enumerate(slow):
                 if i % 3:
                     sock.sendall(b"a")
@@ -5312,13 +5312,13 @@ class AutoMode(ProxyCase):
     def test_a_judge_that_refuses_or_is_late_has_that_as_its_reason(self):
         found, _ = self.judged([{"promptFeedback": {"blockReason": "SAFETY"}}])
         self.assertEqual(found["ls"], {"type": "unavailable", "reason": "refused"})
-        found, _ = self.judged(["hang"], settings={"safeguards_timeout": 0.3})
+        found, _ = self.judged(["hang"], settings={"safeguards_timeout": 0.1})
         self.assertEqual(found["ls"], {"type": "unavailable", "reason": "timeout"})
 
     def test_a_late_judge_does_not_stop_the_pings(self):
         r = self.run_proxy(lambda body, model_, path: ["hang"] if "lite" in model_ else [
             chunk("I look."), chunk(BASH, finish="STOP")],
-            safeguards_model="gemini-3.5-flash-lite", safeguards_timeout=0.5, ping_interval=0.1)
+            safeguards_model="gemini-3.5-flash-lite", safeguards_timeout=0.3, ping_interval=0.05)
         status, head, data = r.send("POST", "/v1/messages", request(
             tools=[TOOL], stream=True, safeguards=SAFEGUARDS))
         self.assertIn(b"event: ping", data.partition(b'"tool_use"')[2])
@@ -6390,8 +6390,8 @@ class OtherUpstreams(ProxyCase):
         self.assertEqual(self.stream_end(A)[-1]["type"], "error")
 
     def test_a_stop_in_each_chunk_does_not_end_the_stream(self):
-        events = self.stream_end(oa("stop", content="a"), 0.25, oa("stop", content="b"), 0.25,
-                                 oa(content="c"), last_seconds=0.4)
+        events = self.stream_end(oa("stop", content="a"), 0.15, oa("stop", content="b"), 0.15,
+                                 oa(content="c"), last_seconds=0.25)
         self.assertEqual(summary(check_grammar(events)), [("text", "abc")])
 
     def test_vertex_gets_the_forms_that_it_knows(self):
@@ -8094,10 +8094,10 @@ class LettingGo(unittest.TestCase):
             with contextlib.ExitStack() as stack:
                 held = [stack.enter_context(p.connect(post_bytes(request(stream=True))))
                         for _ in range(100)]
-                time.sleep(0.3)
+                time.sleep(0.2)
                 before = p.cpu_seconds()
-                time.sleep(0.7)
-                self.assertLess(p.cpu_seconds() - before, 0.35)
+                time.sleep(0.5)
+                self.assertLess(p.cpu_seconds() - before, 0.25)
                 answers = [sock.recv(100)[:12] for sock in held if proxy.is_ready(sock)]
                 self.assertIn(b"HTTP/1.1 529", answers)
             fake.script = repeat
@@ -8121,7 +8121,7 @@ class LettingGo(unittest.TestCase):
                 self.assertEqual(p.ended(), 0)
 
     def test_SIGHUP_cuts_no_answer(self):
-        fake = self.fake(lambda *args: [chunk("a"), 0.4, chunk("b", finish="STOP")])
+        fake = self.fake(lambda *args: [chunk("a"), 0.2, chunk("b", finish="STOP")])
         with ProxyProgram(fake.url) as p, p.connect(post_bytes(request(stream=True))) as stream:
             answer = stream.recv(100)
             p.process.send_signal(signal.SIGHUP)
@@ -8207,10 +8207,13 @@ def growth(make, act, n):
     gc.collect()
     gc.disable()
     try:
-        ratio = cpu_seconds(act, large, 1) / max(cpu_seconds(act, small, 1), 0.001)
-        if ratio > 5:
-            ratio = cpu_seconds(act, large) / max(cpu_seconds(act, small), 0.001)
-        return ratio
+        ratios = []
+        for tries in (1, 2, 2, 2):  # other work disturbs single measurements
+            ratios.append(cpu_seconds(act, large, tries)
+                          / max(cpu_seconds(act, small, tries), 0.001))
+            if ratios[-1] < 5:
+                break
+        return min(ratios)
     finally:
         gc.enable()
 
@@ -8337,7 +8340,7 @@ SCHEMA_GROWTH = [  # name, size, schema of a size
         {"title": "t%d" % i} for i in range(n)])),
     ("types beside an enum", 100, lambda n: {"type": ["string", "null"] * n, "enum": [
         "e%d" % i for i in range(n)]}),
-    ("alternatives that are alike", 90, lambda n: {"anyOf": [
+    ("alternatives that are alike", 60, lambda n: {"anyOf": [
         {"enum": ["e%d" % k for k in range(n)] + ["x%d" % i]} for i in range(n)]}),
     ("a long reference", 25, lambda n: pointing(n, {"$ref": "#/" + "x/" * (40 * n)})),
     ("references one after another", 120, lambda n: dict(
@@ -8404,6 +8407,12 @@ def route_of(model_):
 
 class Growth(ProxyCase):
     """What takes more than linear time holds the interpreter from everybody, without a token."""
+
+    def setUp(self):
+        super().setUp()
+        gc.collect()
+        gc.freeze()  # growth() collects for each case
+        self.addCleanup(gc.unfreeze)
 
     def test_every_pattern_takes_linear_time(self):
         rng, (patterns, unknown) = random.Random(SEED), patterns_of_the_program()
@@ -8486,11 +8495,11 @@ class Growth(ProxyCase):
     def test_schemas_cost_time_and_text_in_proportion_to_their_size(self):
         for name, n, make in SCHEMA_GROWTH:
             with self.subTest(name):
-                sizes = [len(json.dumps(make(k))) for k in (n, 4 * n)]
-                limit = 2.3 * sizes[1] / sizes[0]
-                self.assertTrue(any(growth(make, proxy.to_gemini_schema, n) < limit
-                                    for _ in range(3)))  # other work disturbs single ones
-                tools = [dict(TOOL, input_schema=make(4 * n))]
+                made = {k: make(k) for k in (n, 4 * n)}
+                sizes = [len(json.dumps(schema)) for schema in made.values()]
+                self.assertLess(growth(made.get, proxy.to_gemini_schema, n),
+                                2.3 * sizes[1] / sizes[0])
+                tools = [dict(TOOL, input_schema=made[4 * n])]
                 body = proxy.to_gemini(request(tools=tools), "gemini-3.8-flash", CONFIG).body
                 self.assertLess(len(proxy.dump_json(body)), 8 * sizes[1] + 300000)
                 self.assertFalse(refusal(body, "gemini-3.8-flash"))
