@@ -1603,6 +1603,10 @@ BAD_BLOCKS = (  # a user's block, how the message goes on after "messages[0].con
      '.source.type: must be base64 or url, not "new"'),
     (result(5), ".tool_use_id: must be a string, not an integer"),
     (document(data=""), ".source.data: pdf cannot be empty"),
+    ({"type": "image"}, ".source: must be an object, not null"),
+    ({"type": "document"}, ".source: must be an object, not null"),
+    ({"type": "tool_reference"}, ".tool_name: must be a string, not null"),
+    ({"type": "tool_addition"}, ".tool: must be an object, not null"),
     (document("text/plain", 5, "text"), ".source.data: must be a string, not an integer"),
     ({"type": "image", "source": {"type": "url"}}, ".source.url: must be a string, not null"),
     (result("toolu_1", [image(GIF, "image/gif")]),
@@ -1633,7 +1637,8 @@ BAD_REQUESTS = tuple(  # request, how the message starts
     (request(tools=[1]), "tools[0]: "),
     (request(tools=[dict(TOOL, input_schema=[])]), "tools[0].input_schema: "),
     (request(tools=[dict(TOOL, type=5)]), "tools[0].type: must be a string, not an integer"),
-    (request({"role": "user", "content": [{"type": 5}]}), "messages[0].content[0].type: "),
+    (request({"role": "user", "content": [{"type": 5}]}),
+     "messages[0].content[0].type: must be a string, not an integer"),
     (request({"role": "user", "content": [5]}), "messages[0].content[0]: must be an object"),
     (request(system=5), "system: must be a string or a list, not an integer"),
     (request(system=[{"type": "text"}]), "system[0].text: "),
@@ -1714,6 +1719,16 @@ class Requests(unittest.TestCase):
         config = dataclasses.replace(NAMED, anthropic_model=PRO_25)
         self.assertEqual(proxy.resolve_model("x", config).name, PRO_25)
 
+    def test_each_tier_may_have_a_model_of_its_own(self):
+        config = proxy.load_config({}, {
+            "GEMINI_API_KEY": "k", "BIG_MODEL": "gemini-b", "SMALL_MODEL": "gemini-h",
+            "ANTHROPIC_DEFAULT_OPUS_MODEL": "gemini-o", "ANTHROPIC_DEFAULT_SONNET_MODEL":
+            "gemini-s", "DEFAULT_GEMINI_MODEL": "gemini-d"})
+        for name, expected in (("opus", "o"), ("claude-sonnet-9", "s"), ("haiku", "h"),
+                               ("claude-fable-5", "b"), ("mythos", "b"), ("best", "b"),
+                               ("gpt-9", "d")):
+            self.assertEqual(proxy.resolve_model(name, config).name, "gemini-" + expected, name)
+
     def test_a_model_name_cannot_leave_its_place_in_the_url(self):
         for name in ("gemini-x/../../y", "gemini-3?key=1", "gemini-3:generateContent#",
                      "models/gemini-a b"):
@@ -1784,9 +1799,10 @@ SCHEMA_CASES = (  # name, a tool's schema, what Gemini gets
      dict(S, format="date-time", pattern="^a$")),
     ("formats and bounds of numbers", an_object(
         a=dict(INT, format="int64", minimum=1.5, maximum=True, default=None, title="T"),
-        b={"type": "number", "format": "int64", "minimum": 2}),
+        b={"type": "number", "format": "int64", "minimum": 2, "maximum": 9}),
      an_object(a=dict(INT, format="int64", minimum=1.5, default=None, title="T"),
-               b={"type": "number", "minimum": 2, "description": "(format: int64)"})),
+               b={"type": "number", "minimum": 2, "maximum": 9,
+                  "description": "(format: int64)"})),
     ("required names, each once", an_object("a", "a", "z", a=S), an_object("a", a=S)),
     ("additionalProperties", an_object(a=dict(an_object(a=S), additionalProperties=INT),
                                        b=dict(an_object(a=S), additionalProperties=False)),
@@ -3966,6 +3982,30 @@ class Retries(ProxyCase):
         r = self.run_proxy(gemini_api_base=upstream.url)
         return r.ask(request(stream=True))[1][-1]["type"]
 
+    def test_a_model_that_is_not_found_is_asked_for_once(self):
+        missing = error_body(404, "models/gemini-x is not found for API version v1beta")
+        r = self.run_proxy(lambda *args: missing)
+        self.assertEqual(r.ask(request(stream=True))[0], 404)
+        self.assertEqual(len(r.fake.requests), 1)
+
+    def test_while_all_keys_cool_down_one_try_must_do(self):
+        r = self.run_proxy(lambda *args: error_body(429, "Please retry in 40s."),
+                           gemini_api_key="k1,k2,k3")
+        for count in (3, 4):
+            self.assertEqual(r.ask(request())[0], 429)
+            self.assertEqual(len(r.fake.requests), count)
+
+    def test_a_request_to_an_upstream_is_exactly_this(self):
+        self.assertEqual(proxy.http_request("POST", "/a?b", {"A": "1", "B": "2"}, b"body"),
+                         b"POST /a?b HTTP/1.1\r\nA: 1\r\nB: 2\r\n\r\nbody")
+        self.assertEqual(proxy.http_request("GET", "/", {}, None), b"GET / HTTP/1.1\r\n\r\n")
+
+    def test_a_key_that_cannot_stand_in_a_header_is_not_sent(self):
+        for key in ("\u00fc", "a\r\nB: c", "a\nB: c"):
+            with self.assertRaises(proxy.ProxyError) as caught:
+                proxy.http_request("GET", "/", {"A": key}, None)
+            self.assertEqual((caught.exception.status, caught.exception.should_retry), (401, False))
+
     def test_a_framed_stream_of_Geminis_may_lack_a_finish_reason(self):
         r = self.run_proxy(lambda *args: [chunk("a")], max_retries=0)
         self.assertEqual(answer(r, request(stream=True)), [("text", "a")])
@@ -4999,6 +5039,19 @@ class Endpoints(ProxyCase):
         self.assertTrue(wait_for(
             lambda: r.server.tokens.estimate(4000, translation) != before))
 
+    def test_an_answer_to_HEAD_has_no_body_even_if_it_is_an_error(self):
+        r = self.run_proxy()
+        for path, extra in (("/", ""), ("/nothing", ""), ("/", "Origin: null\r\n")):
+            got = r.raw(("HEAD %s HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % (path, extra)).encode())
+            self.assertEqual(got.partition(b"\r\n\r\n")[2], b"", path)
+
+    def test_the_body_of_a_GET_is_not_taken_for_another_request(self):
+        r = self.run_proxy()
+        inner = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for extra in (b"Content-Length: %d\r\n" % len(inner), b"Transfer-Encoding: chunked\r\n"):
+            data = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + extra + b"\r\n" + inner
+            self.assertEqual(r.raw(data).count(b" 200 OK"), 1)
+
     def test_the_page_of_our_own_may_ask(self):
         r = self.run_proxy()
         own = "127.0.0.1:%d" % r.port
@@ -5165,6 +5218,23 @@ class Endpoints(ProxyCase):
         r = self.run_proxy(budget_usd=5.0, fallback_models=("gemini-9-new",))
         self.assertIn("the price of gemini-9-new is not known: set PRICES",
                       r.ask(request())[1]["error"]["message"])
+
+    def test_what_OpenRouter_says_an_answer_has_cost_counts(self):
+        fake = FakeOpenAI(lambda body: [oa(content="a"), oa("stop", USAGE)])
+        self.open.append(fake)
+        settings = dict(gemini_api_key="", openrouter_api_key="ok", budget_usd=5.0)
+        r = self.run_proxy(openai_api_base=fake.url, **settings)
+        self.assertIn("the price of openrouter/x/y is not known",
+                      r.ask(request(model="x/y"))[1]["error"]["message"])
+        self.replace(proxy, "OPENROUTER_BASE", fake.url)
+        r = self.run_proxy(**settings)
+        self.assertEqual(r.ask(request(model="x/y"))[0], 200)
+        self.assertTrue(wait_for(lambda: r.server.traffic.spent == 0.25))
+
+    def test_the_log_names_tools_that_were_left_out(self):
+        with captured_log() as lines:
+            self.run_proxy().ask(request(tools=[{"type": "new_1", "name": "gone"}]))
+        self.assertRegex(lines[0], r"^req_\w+ dropped 1 tools of unknown types: gone \(new_1\)$")
 
     def test_odd_token_counts_spoil_no_answer_and_no_sum(self):
         odd = [{"promptTokenCount": 10 ** 400}, {"candidatesTokenCount": 10 ** 13},
@@ -5374,6 +5444,12 @@ class AutoMode(ProxyCase):
             "model": "M", "max_tokens": proxy.JUDGE_TOKENS, "system": proxy.JUDGE_SYSTEM,
             "output_config": {"format": {"type": "json_schema",
                                          "schema": proxy.VERDICTS_SCHEMA}}})
+
+    def test_the_calls_at_the_end_of_a_history_are_unanswered(self):
+        call_ = {"id": "t", "name": "Bash", "input": {"command": "ls"}}
+        for messages, expected in ((["a", says("b", uses("t"))], [call_]), (["a", says("b")], []),
+                                   (["a", says(uses("t")), results("t")], []), (["a", 5], [])):
+            self.assertEqual(proxy.unanswered_calls(request(*messages)), expected)
 
     def test_a_verdict_is_exactly_this(self):
         unclear = {"type": "unavailable", "reason": "error"}
@@ -6029,6 +6105,16 @@ class ChatCompletions(ProxyCase):
             "[An image that this model cannot see.]\n\n[A document that this model cannot see.]"
             "\n\nt")}]})
 
+    def test_what_was_kept_with_a_text_goes_back_once_where_texts_are_equal(self):
+        kept = proxy.kept_signature({"reasoning_details": [1]}, "openrouter")
+        key = proxy.text_key("x", proxy.short_hash("a"))
+        body = proxy.to_openai(request("a", says("x"), "b", says("x"), "c"), "m", CONFIG,
+                               {key: kept}.get, dialect="openrouter").body
+        self.assertEqual([message for message in body["messages"]
+                          if message["role"] == "assistant"], [
+            {"role": "assistant", "content": "x", "reasoning_details": [1]},
+            {"role": "assistant", "content": "x"}])
+
     def test_odd_usage_spoils_no_answer(self):
         unread = {"upstream_inference_cost": "x"}
         for usage in ({"prompt_tokens": "x"}, {"cost": "1", "is_byok": True}, "x", [1],
@@ -6633,6 +6719,7 @@ class Settings(unittest.TestCase):
         for name, value in (
                 ("PORT", "x"), ("PORT", "70000"), ("STREAM_MODE", "x"), ("MODEL_MAP", "x"),
                 ("MODEL_MAP", "[1]"), ("MODEL_MAP", '{"a": 1}'), ("API_KEYS", "x"),
+                ("API_KEYS", '["a", 1]'), ("API_KEYS", '{"a": 1}'), ("API_KEYS", '"a"'),
                 ("DEBUG", "maybe"), ("PING_INTERVAL", "0"), ("GEMINI_API_BASE", "ftp://x"),
                 ("GEMINI_API_BASE", "https://user:secret@host/v1"), ("MAX_RETRIES", "-1"),
                 ("GEMINI_API_KEY", "two\nlines"), ("HOST", "0.0.0.0")):
@@ -7961,6 +8048,12 @@ class Hostile(ProxyCase):
                 self.assertEqual(in_threads(8, lambda n: r.ask(request())[0]), [status] * 8)
                 self.assertEqual(os.path.getsize(path), 1)
 
+    def test_a_token_command_that_fails_is_an_error_that_names_it(self):
+        r, _ = self.with_token_command("raise SystemExit(3)")
+        status, headers, data = r.send("POST", "/v1/messages", request())
+        self.assertEqual((status, headers["x-should-retry"]), (500, "false"))
+        self.assertIn(b"GEMINI_TOKEN_COMMAND failed: status 3", data)
+
     def test_nobody_waits_for_the_token_command_longer_than_the_client(self):
         r, path = self.with_token_command("time.sleep(5)")
         with socket.create_connection(("127.0.0.1", r.port)) as sock:
@@ -8009,7 +8102,7 @@ class ProxyProgram:
 
     def refuses(self):
         """Whether nobody listens at the port."""
-        with contextlib.suppress(ConnectionRefusedError):
+        with contextlib.suppress(ConnectionError):
             self.connect().close()
             return False
         return True
