@@ -6925,13 +6925,13 @@ class Program(ProxyCase):
                             (["check", "foo"], 'check takes no argument "foo"'),
                             (["env", "tcsh"], "env takes sh, bash, zsh, fish, powershell"),
                             (["x" * 30], "unknown command;")):
-            status, output = program(*words)
+            status, output = self.main(*words)
             self.assertEqual((status, output.count("\n")), (2, 1), output)
             self.assertIn(says, output)
 
     def test_help_begins_with_the_commands_and_groups_the_settings(self):
         for word in ("--help", "-h", "help"):
-            status, output = program(word)
+            status, output = self.main(word)
             self.assertEqual(status, 0, output)
             places = [output.index(text_) for text_ in (
                 "commands:", "  run ", "  ask ", "example:", "upstream:", "--gemini-api-base",
