@@ -2690,7 +2690,7 @@ class State(unittest.TestCase):
 
         def hammer(n):
             rng = random.Random(n)
-            for _ in range(3000):
+            for _ in range(1000):
                 cache.put("k%d" % rng.randrange(2000), "s" * rng.randrange(50))
                 cache.get("k%d" % rng.randrange(2000))
 
@@ -6331,6 +6331,7 @@ class OtherUpstreams(ProxyCase):
     def test_lists_of_models_are_read_in_the_form_of_each_upstream(self):
         config = proxy.Config(gemini_api_key="k", openai_api_key="k", openai_api_base="http://a",
                               anthropic_api_key="k")
+        members = proxy.Upstreams(config).members
         can, cannot = [{"name": "models/" + name, "supportedGenerationMethods": [method]}
                        for name, method in (("a", "generateContent"), ("b", "countTokens"))]
         none = {"displayName": None, "inputTokenLimit": None, "outputTokenLimit": None}
@@ -6346,21 +6347,20 @@ class OtherUpstreams(ProxyCase):
                 ("anthropic", {"data": [{"id": "x", "display_name": "X"}]},
                  {"x": {"displayName": "X"}})):
             with self.subTest(upstream, page=page):
-                member = proxy.Upstreams(config).members[upstream]
+                member = members[upstream]
                 member.get_json = lambda *args: page
                 self.assertEqual(member.list_models(), expected)
 
     def test_a_model_may_be_listed_with_a_tag_or_without(self):
+        members = proxy.Upstreams(proxy.Config(
+            openrouter_api_key="k", openai_api_key="k", openai_api_base="http://a")).members
         for name, model_, listed, expected in (
                 ("openrouter", "x/y", "x/y:free", True), ("openrouter", "x/y:free", "x/y", True),
                 ("openrouter", "x/y:a", "x/y:b", False), ("openrouter", "x/y", "x/z", False),
                 ("openrouter", "~x/y", "a", True), ("openrouter", "plain", "a", False),
                 ("openai", "plain", "a", True), ("openai", "x/y", "a", False)):
             with self.subTest(name, model=model_, listed=listed):
-                config = proxy.Config(openrouter_api_key="k", openai_api_key="k",
-                                      openai_api_base="http://a")
-                member = proxy.Upstreams(config).members[name]
-                self.assertEqual(member._offers(model_, [listed]), expected)
+                self.assertEqual(members[name]._offers(model_, [listed]), expected)
 
     def test_a_limit_that_was_refused_is_remembered_and_lowers_later_ones(self):
         def script(body):
@@ -6929,6 +6929,8 @@ class Program(ProxyCase):
         self.assertIn("npm install -g @anthropic-ai/claude-code", output)
 
     def test_run_stops_where_no_request_could_succeed(self):
+        for name in ("start_logging", "tune_memory"):
+            self.replace(proxy, name, lambda *args, **more: None)
         with FakeGemini() as fake, socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
             closed.close()
@@ -6936,12 +6938,13 @@ class Program(ProxyCase):
                     ("http://127.0.0.1:%d/v1beta" % port, "k", "nothing listens there"),
                     ("http://no-such-host.invalid/v1beta", "k", "host name cannot be found"),
                     (fake.url, "bad", "The upstream refused the key")):
-                status, output = program("run", "true", GEMINI_API_BASE=base, GEMINI_API_KEY=key)
+                status, output = self.main("run", "true", GEMINI_API_BASE=base,
+                                           GEMINI_API_KEY=key)
                 self.assertEqual((status, output.count("\n")), (1, 1), output)
                 self.assertIn("%s (GEMINI_API_BASE)" % base, output)
                 self.assertIn(setting, output)
-            status, output = program("run", "true", GEMINI_API_BASE=fake.url,
-                                     GEMINI_API_KEY="k", BIG_MODEL="gemini-nope")
+            status, output = self.main("run", "true", GEMINI_API_BASE=fake.url,
+                                       GEMINI_API_KEY="k", BIG_MODEL="gemini-nope")
             self.assertEqual((status, output.count("\n")), (1, 1), output)
             self.assertIn("gemini-nope: the model is not there for this key", output)
 
@@ -6958,18 +6961,15 @@ class Program(ProxyCase):
         self.assertIn("auto mode: no judge (SAFEGUARDS_MODEL)", output)
 
     def test_ask_prints_an_answer(self):
-        for words in (("Say", "hello"), ("Say hello",),
-                      ("--model", "gemini-3.6-flash", "Say hello")):
-            status, output = program("--demo", "ask", *words)
-            self.assertEqual(status, 0, output)
-            self.assertTrue(output.endswith("You said: Say hello\n"), output)
+        status, output = program("--demo", "ask", "Say", "hello")
+        self.assertEqual(status, 0, output)
+        self.assertTrue(output.endswith("You said: Say hello\n"), output)
 
     def test_ask_tells_an_error_in_one_line(self):
         with FakeGemini(lambda *args: error_body(400, "Bad thing.")) as fake:
             status, output = program("ask", "hi", GEMINI_API_BASE=fake.url, GEMINI_API_KEY="k")
         self.assertEqual(status, 1)
         self.assertEqual(output, "claude_gemini_proxy: Gemini answered 400: Bad thing.\n")
-        self.assertEqual(program("--demo", "ask")[0], 2)
 
     def test_an_unknown_word_is_named_with_the_command_it_is_near_to(self):
         for words, says in ((["runn", "claude"], 'unknown command "runn": did you mean run?'),
@@ -7859,13 +7859,13 @@ ENDLESS = (  # what has no end, how it starts, how it goes on, MiB after which i
     ("a head", b"HTTP/1.1 200 OK\r\n", b"X-H: " + LINE, 2),
     ("a status line", b"HTTP/1.1 200 ", b"O" * 4096, 2),
     ("announcements", b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 100, 2),
-    ("a line of a stream", SSE_HEAD + b"data: ", b"a" * (1 << 18), 96),
-    ("a record of a stream", SSE_HEAD, (b"data: " + LINE) * 64, 96),
-    ("a bare error in a stream", SSE_HEAD, (b' "' + LINE) * 64, 96),
-    ("a whole answer", JSON_HEAD + b'\r\n{"a": "', b"a" * (1 << 18), 96),
-    ("a counted answer", JSON_HEAD + b"Content-Length: 99999999999\r\n\r\n", b" " * (1 << 18), 96),
-    ("a chunk", CHUNKED + b"fffffff\r\n", b"a" * (1 << 18), 96),
-    ("an error", b"HTTP/1.1 500 Fault\r\n\r\n", b"a" * (1 << 16), 96))
+    ("a line of a stream", SSE_HEAD + b"data: ", b"a" * (1 << 18), 6),
+    ("a record of a stream", SSE_HEAD, (b"data: " + LINE) * 64, 6),
+    ("a bare error in a stream", SSE_HEAD, (b' "' + LINE) * 64, 6),
+    ("a whole answer", JSON_HEAD + b'\r\n{"a": "', b"a" * (1 << 18), 6),
+    ("a counted answer", JSON_HEAD + b"Content-Length: 99999999999\r\n\r\n", b" " * (1 << 18), 6),
+    ("a chunk", CHUNKED + b"fffffff\r\n", b"a" * (1 << 18), 6),
+    ("an error", b"HTTP/1.1 500 Fault\r\n\r\n", b"a" * (1 << 16), 6))
 ODD_COUNTS = (10 ** 11, 10 ** 9, -5, True, 10 ** 400, 1e11, 1e300, "7", [1], {"a": 1}, 1.5)
 FORGED = "\n2026-01-01 00:00:00,000 W forged\x1b[31m\x9b\u2028\u202e\r\x00\x08"
 
@@ -7892,6 +7892,8 @@ class Hostile(ProxyCase):
         return upstream
 
     def test_an_upstream_without_end_is_left_and_the_client_is_told(self):
+        self.assertEqual(proxy.ANSWER_LIMIT, 64 << 20)
+        self.replace(proxy, "ANSWER_LIMIT", 2 << 20)
         for name, start, piece, mebibytes in ENDLESS:
             sent, most = [], mebibytes << 20
             upstream = self.raw_upstream(lambda sock, head: (sock.sendall(start), sent.append(
@@ -7915,21 +7917,23 @@ class Hostile(ProxyCase):
                     self.assertEqual([each for batch in found for each in batch], [{"a": 1}])
 
     def test_a_dripping_upstream_does_not_hold_up_counts_and_lists(self):
-        for start, piece in ((b"", b"H"), (JSON_HEAD, b"X: y\r\n"), (CHUNKED, b"1\r\n \r\n"), (
-                JSON_HEAD + b"Content-Length: 1000\r\n\r\n", b" "), (
-                    b"", b"HTTP/1.1 100 C\r\n\r\n")):
-            drops = []  # 50 a second, at most 50
+        cases = [(start, piece, *how) for start, piece in (
+            (b"", b"H"), (JSON_HEAD, b"X: y\r\n"), (CHUNKED, b"1\r\n \r\n"),
+            (JSON_HEAD + b"Content-Length: 1000\r\n\r\n", b" "),
+            (b"", b"HTTP/1.1 100 C\r\n\r\n")) for how in (
+                ("GET", "/v1/models", None), ("POST", "/v1/messages/count_tokens", request()))]
+
+        def ask(n):
+            """-> the status, and how much was dripped: 50 pieces a second, at most 50"""
+            (start, piece, method, path, body), drops = cases[n], []
             upstream = self.raw_upstream(lambda sock, head: (sock.sendall(start), drops.append(
                 pour(sock, piece, 50 * len(piece), 0.02) / len(piece))) and None)
             r = self.run_proxy(gemini_api_base=upstream.url)
             for member in r.server.upstream.members.values():
-                member.COUNT_SECONDS = 0.1
-            for method, path, body in (("GET", "/v1/models", None), (
-                    "POST", "/v1/messages/count_tokens", request())):
-                with self.subTest(start=start, piece=piece, path=path):
-                    self.assertEqual(r.send(method, path, body)[0], 200)
-                    self.assertTrue(wait_for(lambda: drops, 6))
-                    self.assertLess(drops.pop(), 30)
+                member.COUNT_SECONDS = 0.2
+            status = r.send(method, path, body)[0]
+            return status, wait_for(lambda: drops, 6) and drops[0] < 40
+        self.assertEqual(in_threads(len(cases), ask), [(200, True)] * len(cases))
 
     def test_an_upstream_of_HTTP_1_0_with_chunks_is_not_kept_open(self):
         data, ports = json.dumps(chunk("ok", finish="STOP")).encode(), []
