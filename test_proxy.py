@@ -3804,7 +3804,7 @@ class Delivery(ProxyCase):
 
     def test_an_upstream_that_falls_silent_is_an_error_event_in_spite_of_pings(self):
         r = self.run_proxy(lambda *args: [chunk("a"), "hang"], ping_interval=0.05,
-                           request_timeout=0.4)
+                           request_timeout=0.3)
         events = r.ask(request(stream=True))[1]
         self.assertEqual((events[-1]["type"], events[-1]["error"]["type"]),
                          ("error", "timeout_error"))
@@ -3832,9 +3832,9 @@ class Delivery(ProxyCase):
         self.assertNotIn("tool_use", [e.get("content_block", {}).get("type") for e in events])
 
     def test_a_null_or_unspecified_finish_reason_is_no_end(self):
-        r = self.run_proxy(lambda *args: [chunk("a", finishReason=None), 0.15,
+        r = self.run_proxy(lambda *args: [chunk("a", finishReason=None), 0.1,
                                           chunk("b", finishReason="FINISH_REASON_UNSPECIFIED"),
-                                          0.15, chunk("c", finish="STOP")])
+                                          0.1, chunk("c", finish="STOP")])
         r.server.upstream.members["gemini"].LAST_SECONDS = 0.05
         self.assertEqual(answer(r, request(stream=True)), [("text", "abc")])
 
@@ -6829,6 +6829,8 @@ class Program(ProxyCase):
     def main(self, *args, **environment):
         """Call main in this process, in an empty folder -> (status, output). It must not serve."""
         self.replace(proxy, "serve", lambda *args: self.fail("it serves"))
+        for name in ("start_logging", "tune_memory"):  # which are the whole process's
+            self.replace(proxy, name, lambda *args, **more: None)
         saved, place, output = dict(os.environ), os.getcwd(), io.StringIO()
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(output), \
                 contextlib.redirect_stdout(output):
@@ -6923,14 +6925,12 @@ class Program(ProxyCase):
         self.assertRegex(after, r"1 requests, tokens in \d+ \(cached 0\) out \d+, \$0.0000$")
 
     def test_run_without_its_command_is_a_127_that_says_how_to_get_it(self):
-        self.assertEqual(program("--demo", "run", "--", "/nowhere", "--port")[0], 127)
-        status, output = program("--demo", "run", "claude", PATH="/nowhere")
+        self.assertEqual(self.main("--demo", "run", "--", "/nowhere", "--port")[0], 127)
+        status, output = self.main("--demo", "run", "claude", PATH="/nowhere")
         self.assertEqual(status, 127)
         self.assertIn("npm install -g @anthropic-ai/claude-code", output)
 
     def test_run_stops_where_no_request_could_succeed(self):
-        for name in ("start_logging", "tune_memory"):
-            self.replace(proxy, name, lambda *args, **more: None)
         with FakeGemini() as fake, socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
             closed.close()
@@ -6967,7 +6967,7 @@ class Program(ProxyCase):
 
     def test_ask_tells_an_error_in_one_line(self):
         with FakeGemini(lambda *args: error_body(400, "Bad thing.")) as fake:
-            status, output = program("ask", "hi", GEMINI_API_BASE=fake.url, GEMINI_API_KEY="k")
+            status, output = self.main("ask", "hi", GEMINI_API_BASE=fake.url, GEMINI_API_KEY="k")
         self.assertEqual(status, 1)
         self.assertEqual(output, "claude_gemini_proxy: Gemini answered 400: Bad thing.\n")
 
@@ -7137,8 +7137,6 @@ class Program(ProxyCase):
     def test_a_port_that_is_taken_is_one_clear_message(self):
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]
-            for name in ("start_logging", "tune_memory"):
-                self.replace(proxy, name, lambda *args, **more: None)
             status, output = self.main("--port", str(port), GEMINI_API_KEY="k")
         self.assertEqual((status, output), (
             2, "claude_gemini_proxy: 127.0.0.1:%d: %s: the proxy runs there already, or choose"
@@ -7208,8 +7206,6 @@ class Program(ProxyCase):
                       self.main("env", ANTHROPIC_API_KEY="own")[1])
 
     def test_each_command_does_its_own(self):
-        for name in ("start_logging", "tune_memory"):
-            self.replace(proxy, name, lambda *args, **more: None)
         self.replace(proxy, "make_server", lambda config, upstream: upstream)
         done = []
         for name in ("run_client", "check_setup"):
@@ -8358,7 +8354,7 @@ class LettingGo(unittest.TestCase):
             for _ in range(2):
                 p.ask(request())
             before = resident(p.process.pid)
-            for i in range(12):  # 6 MB each
+            for i in range(9):  # 6 MB each
                 fake.requests.clear()
                 self.assertNotIn(b" 200 ", p.ask(request({"role": "user", "content": texts},
                                                          stream=bool(i % 2))))
