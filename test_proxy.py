@@ -1911,6 +1911,14 @@ class Schemas(unittest.TestCase):
                 self.assertEqual(proxy.strict_schema(proxy.to_gemini_schema(given)), expected)
                 self.check(given)
 
+    def test_the_older_form_of_tools_keeps_their_names_and_descriptions(self):
+        tools = [TOOL, {"name": "t", "description": "D"}]
+        body = proxy.to_gemini(request(tools=tools), FLASH, CONFIG).body
+        first, second = proxy.with_strict_tools(body)["tools"][0]["functionDeclarations"]
+        self.assertEqual((first["name"], first["description"], set(first)),
+                         ("Bash", "Run it.", {"name", "description", "parameters"}))
+        self.assertEqual(second, {"name": "t", "description": "D"})
+
     def test_limits_of_values_can_be_left_out(self):
         limits = dict(S, enum=["a"], pattern="a", minLength=1, maxLength=2)
         items = dict(INT, minimum=1, maximum=2)
@@ -5135,6 +5143,12 @@ class Endpoints(ProxyCase):
                           for q in r.fake.requests],
                          [("countTokens", "models/gemini-3.8-flash")] * 2)
 
+    def test_a_bad_request_is_not_counted(self):
+        r = self.run_proxy()
+        for body in ({"model": "m"}, [], {"messages": []}):
+            self.assertEqual(r.send("POST", "/v1/messages/count_tokens", body)[0], 400, body)
+        self.assertEqual(r.fake.requests, [])
+
     def test_many_counts_at_once_are_all_answered(self):
         r = self.run_proxy()
         counts = in_threads(26, lambda n: self.count(r, request("y%d" % n)))
@@ -6585,6 +6599,19 @@ class OtherUpstreams(ProxyCase):
         status, headers, data = r.send("POST", "/v1/messages", body)
         self.assertEqual((status, headers["x-should-retry"]), (402, "false"))
         self.assertIn(b"BUDGET_USD cannot be kept for anthropic/claude-x", data)
+
+    def test_chunks_of_an_answer_that_passes_through_are_made_anew(self):
+        def chunked(sock, head):
+            sock.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+                         b"1\r\na\r\n2\r\nbc\r\n0\r\n\r\n")
+        upstream = BytesUpstream(chunked)
+        self.addCleanup(upstream.close)
+        self.replace(proxy, "ANTHROPIC_BASE", upstream.url)
+        r = self.run_proxy(gemini_api_key="", anthropic_api_key="k")
+        head, _, body = r.raw(post_bytes({"model": "claude-x"})).partition(b"\r\n\r\n")
+        self.assertEqual((head, body[-5:]), (
+            b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked", b"0\r\n\r\n"))
+        self.assertEqual(proxy.ChunkedDecoder().feed(body), b"abc")
 
     def test_headers_of_the_SDK_pass_through_and_those_of_a_connection_do_not(self):
         def counted(sock, head):
