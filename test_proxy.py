@@ -5027,7 +5027,7 @@ class Endpoints(ProxyCase):
         shown = self.get_json(self.run_proxy(gemini_api_key="k1,k2"), "/")
         self.assertEqual(set(shown), set(
             "minutes recent name version settings uptime_seconds keys models signatures live"
-            " spent_usd counters".split()))
+            " histories spent_usd counters".split()))
         self.assertEqual((shown["name"], shown["version"], shown["signatures"]),
                          ("claude_gemini_proxy", proxy.__version__, {"entries": 0, "bytes": 0}))
         self.assertEqual(shown["models"], {
