@@ -48,6 +48,7 @@ import hashlib
 import hmac
 import http.client
 import io
+import itertools
 import json
 import logging
 import marshal
@@ -1093,10 +1094,17 @@ def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[flo
     return tier * (fresh * price.input + cached * price.cached + output * price.output) / 1e6
 
 
-def sane_counts(usage: Json) -> Counter:
-    """The token counts of a usageMetadata, but for those that no model can reach; 0 for others."""
-    return Counter({name: n for name, n in usage.items()
-                    if type(n) is int and 0 <= n <= TOKENS_LIMIT})
+class Counts(Dict[Any, Any]):
+    """Numbers by name; 0 where there is none."""
+
+    def __missing__(self, name: Any) -> int:
+        return 0
+
+
+def sane_counts(usage: Json) -> Counts:
+    """The token counts of a usageMetadata, but for those that no model can reach."""
+    return Counts((name, n) for name, n in usage.items()
+                  if type(n) is int and 0 <= n <= TOKENS_LIMIT)
 
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
@@ -1250,24 +1258,26 @@ class History:
         self.calls: Dict[str, Call] = {}      # by upstream id; those that wait for their results
         self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
-        self.signatures: Counter = Counter()  # how the calls were signed, for /metrics
+        self.signatures = Counts()            # how the calls were signed, for /metrics
         self.media = self.media_bytes = 0     # images and documents, and their base64 characters
 
 
 class Translation:
     """A request in translation: its history, the upstream's body, and how to read the answer."""
 
-    def __init__(self, rule: ModelRule, lookup: Lookup, tool_name: Any = _FUNCTION_NAME) -> None:
+    def __init__(self, request: Json, rule: ModelRule, lookup: Lookup,
+                 tool_name: Any = _FUNCTION_NAME) -> None:
         self.rule = rule
         self.lookup = lookup
         self.tool_name = tool_name            # the upstream's form of tool names
         self.history = History()
-        self.system: List[str] = []           # texts of the request's system prompt
+        self.system = system_texts(request.get("system"), "system")
         self.body: Json = {}
         self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
         self.schemas: Dict[str, Any] = {}     # the client's tool name -> its input_schema
         self.thinking = "shown"               # or "omitted", or "" for off
-        self.single_call = False              # the client wants one tool call at a time
+        # whether the client wants one tool call at a time
+        self.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
         self.notes: List[str] = []            # what was left out, for the log
         self.from_client = ""                 # signature in the thinking block before a call
         self.place, self.inner = (0, 0), ""   # of the current block, for errors
@@ -1310,7 +1320,7 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     `declaration` makes of a tool, and `read` what read_history makes of messages. The request is
     not changed. Raises ProxyError 400 with the path of what cannot be translated.
     Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README."""
-    t = Translation(model_rule(model), lookup)
+    t = Translation(request, model_rule(model), lookup)
     contents = (read or read_history)(request, t)
     tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare or declaration)
@@ -1346,15 +1356,9 @@ def read_history(request: Json, t: Translation) -> List[Json]:
     """The messages -> Gemini contents that alternate, start and end with the user, and pair every
     call with a response; what all upstreams begin with. `t.history` is then that of their end."""
     contents: List[Json] = []
-    begin_history(request, t)
     read_messages(request["messages"], contents, t)
     end_history(contents, t)
     return contents
-
-
-def begin_history(request: Json, t: Translation) -> None:
-    t.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
-    t.system = system_texts(request.get("system"), "system")
 
 
 def read_messages(messages: Sequence[Any], contents: List[Json], t: Translation) -> None:
@@ -2416,7 +2420,7 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
     """Translate a checked Messages request into a chat.completions body. The history is repaired as
     for Gemini: it is made from the same contents. `dialect` is openrouter, openai (OpenAI's own
     server) or other. Otherwise as to_gemini."""
-    t = Translation(OPENAI_RULE, lookup, _OPENAI_NAME)
+    t = Translation(request, OPENAI_RULE, lookup, _OPENAI_NAME)
     contents = read_history(request, t)
     tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare or declaration)
@@ -2948,7 +2952,7 @@ class MessageEmitter:
         self.requested_model, self.input_tokens = requested_model, input_tokens
         self._new_id, self._remember, self._edits_wanted = new_id, remember, edits_wanted
         self._translation: Any = None
-        self.adopt(translation or Translation(model_rule(""), lambda key: None))
+        self.adopt(translation or Translation({}, model_rule(""), lambda key: None))
         self.tool_uses: List[Json] = []            # the calls given out: id, name and input
         self.safeguard_results: List[Json] = []    # what the end of the message says of them
         self.answered = False        # a text or a call has been sent
@@ -3949,7 +3953,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # protects the counter
-        self._values: Counter = Counter()
+        self._values = Counts()
 
     def add(self, *counts: Tuple[str, float, Tuple[Tuple[str, str], ...]]) -> None:
         """Count (name, amount, ((label, value), ...)) each; with too many, new ones as `other`."""
@@ -4055,7 +4059,7 @@ class Traffic:
         self._lock = threading.Lock()  # protects all below
         self._records: Deque[Json] = deque(maxlen=5000)
         self._spent = 0.0
-        self.totals: Counter = Counter()  # since the start
+        self.totals = Counts()  # since the start
         self.last_error = self.last_session = ""
 
     @property
@@ -4068,7 +4072,8 @@ class Traffic:
         with self._lock:
             self._records.append(dict(record, time=self._clock()))
             self._spent += record.get("cost") or 0.0
-            self.totals.update({name: record.get(name) or 0 for name in self.SUMS})
+            for name in self.SUMS:
+                self.totals[name] += record.get(name) or 0
             self.totals["requests"] += 1
             if is_error(record):
                 self.last_error = record.get("error") or str(record["status"])
@@ -4130,7 +4135,7 @@ class Piece:
 class HistoryCache:
     """The pieces: an LRU bound in bytes and age, the ends of the tree first."""
 
-    LEAST_BODY, LEAST_PIECE = 16000, 8000
+    LEAST_MESSAGES, LEAST_PIECE = 16000, 8000  # bytes
 
     def __init__(self, config: Config, signatures: SignatureCache, parse: Callable[[bytes], Any],
                  limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -4144,7 +4149,7 @@ class HistoryCache:
 
     def open(self, raw: bytes, client_key: Callable[[], str]) -> Tuple[Any, Optional[ReadHistory]]:
         """-> (a request with only its new messages, what reads them), or (the request, None)"""
-        if self._limit and len(raw) >= self.LEAST_BODY:
+        if self._limit and len(raw) >= self.LEAST_MESSAGES:
             with contextlib.suppress(ProxyError, ValueError, RecursionError):
                 new = NewMessages(self, raw, client_key())
                 return new.request, new.read
@@ -4163,8 +4168,8 @@ class HistoryCache:
                              None)
                 path += [piece] if piece else []
             self._renew(path)
-        same = [all(get(name) == value for name, value in piece.asked) for piece in path]
-        path = path[:(same + [False]).index(False)]
+        path = list(itertools.takewhile(
+            lambda piece: all(get(name) == value for name, value in piece.asked), path))
         with self._lock:
             self.figures.update(hits=bool(path), hit_bytes=sum(len(piece.raw) for piece in path))
         return path
@@ -4209,8 +4214,10 @@ class NewMessages:
     def __init__(self, cache: HistoryCache, raw: bytes, client_key: str) -> None:
         self._cache, self._raw, self._is_read = cache, raw, False
         found = _MESSAGES.match(raw, max(0, raw.find(b'"messages":')))
-        if not found:
-            raise ValueError("no messages")
+        tools_at = raw.find(b'"tools":', found.end()) if found else 0
+        if not found or ((tools_at if tools_at > 0 else len(raw)) - found.end()
+                         < cache.LEAST_MESSAGES):
+            raise ValueError("no messages, or few")
         head = cache.parse(raw[:found.start()] + b'"messages":0}')
         self._path = cache.find(raw, found.end(), client_key, self._rule_of(head))
         start = found.end() + sum(len(piece.raw) for piece in self._path)
@@ -4258,9 +4265,8 @@ class NewMessages:
 
     def _read(self, request: Json, t: Translation) -> List[Json]:
         asked: List[Tuple[str, Any]] = []
-        own = Translation(t.rule, lambda name: asked.append((name, t.lookup(name))) or asked[-1][1],
-                          t.tool_name)
-        begin_history(request, own)
+        own = Translation(request, t.rule, lambda name: asked.append((name, t.lookup(name)))
+                          or asked[-1][1], t.tool_name)
         if self._path:
             own.history = pickle.loads(self._path[-1].history)
         text, self._text = self._text, ""
@@ -5766,6 +5772,9 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
+_REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~\x80-\xff]*) (HTTP/1\.[0-9])")
+
+
 class HTTPHandler(BaseHTTPRequestHandler):
     """One client connection: reads requests, refuses bad ones, writes responses.
 
@@ -5806,16 +5815,14 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.request_id = new_id("req_")
         self.body_read, self.close_connection = False, True
         self.requestline = str(self.raw_requestline, "latin-1").rstrip("\r\n")
-        words = self.requestline.split(" ")
-        target = words[1] if len(words) == 3 else ""
-        if not (target[:1] == "/" and re.fullmatch("[A-Z]+", words[0])
-                and re.fullmatch(r"[!-~\x80-\xff]+", target)
-                and re.fullmatch(r"HTTP/1\.[0-9]", words[2])):
+        found = _REQUEST_LINE.fullmatch(self.requestline)
+        if not found:
             self.command, self.request_version = "", self.default_request_version
             if self.raw_requestline:
                 self.send_error(400, "the request line is not METHOD /path HTTP/1.1")
             return False
-        self.command, self.path, self.request_version = words[0], "/" + target.lstrip("/"), words[2]
+        self.command, self.path, self.request_version = found.groups()
+        self.path = "/" + self.path.lstrip("/")
         try:
             self.headers = parse_headers(read_head(self.rfile))
         except ValueError as exc:

@@ -3377,7 +3377,7 @@ class RandomConversation:
 class Incremental(unittest.TestCase):
     """What HistoryCache gives is what there would be without it. CASES=1000 prolongs it."""
 
-    FIELDS = [name for name in vars(proxy.Translation(proxy.OPENAI_RULE, str))
+    FIELDS = [name for name in vars(proxy.Translation({}, proxy.OPENAI_RULE, str))
               if name not in ("body", "history", "lookup")]
     TOOL_LISTS = ([], [TOOL], [dict(TOOL, description=TOOL["description"][::-1])],
                   [TOOL, dict(TOOL, name="Late", defer_loading=True)],
@@ -3425,7 +3425,7 @@ class Incremental(unittest.TestCase):
         tools, declare = proxy.ToolCache(), proxy.ToolCache().declare
         cache = proxy.HistoryCache(CONFIG, signatures, tools.parse,
                                    rng.choice([1 << 20, 40000, 9000]), lambda: now[0])
-        cache.LEAST_BODY, cache.LEAST_PIECE = 0, rng.choice([1, 40, 400, 3000])
+        cache.LEAST_MESSAGES, cache.LEAST_PIECE = 0, rng.choice([1, 40, 400, 3000])
         style = rng.choice([{"separators": (",", ":"), "ensure_ascii": False}, {},
                             {"indent": 1, "ensure_ascii": False}])
         order, offered = rng.randrange(3), rng.choice(self.TOOL_LISTS)
@@ -3468,7 +3468,7 @@ class Incremental(unittest.TestCase):
         for place, edit, cut in itertools.product(range(len(messages)), edits, (1, 2, 9)):
             signatures = proxy.SignatureCache(100, 100, 10 ** 6)
             cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 10 ** 6)
-            cache.LEAST_BODY = cache.LEAST_PIECE = 0
+            cache.LEAST_MESSAGES = cache.LEAST_PIECE = 0
             edited = messages[:place] + [edit(messages[place])] + messages[place + 1:place + cut]
             for each in (messages, edited, messages):
                 raw = json.dumps(dict(request(), messages=each)).encode()
@@ -6243,7 +6243,7 @@ class ChatCompletions(ProxyCase):
         self.assertEqual(proxy.kept_fields(kept, "openrouter"), {"reasoning_details": [1]})
         self.assertEqual(proxy.kept_fields(kept, "other"), {})
         rule = proxy.model_rule("gemini-3.8-flash")
-        self.assertFalse(proxy.Translation(rule, lambda key: None).takes(kept))
+        self.assertFalse(proxy.Translation({}, rule, lambda key: None).takes(kept))
 
 
 class OtherUpstreams(ProxyCase):
