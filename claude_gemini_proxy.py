@@ -1118,7 +1118,6 @@ def _no_constant(name: str) -> None:
     raise ValueError("%s is not a JSON value" % name)
 
 
-_SPACE = re.compile(r"[ \t\r\n]*")
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
@@ -1140,7 +1139,7 @@ def parse_json(raw: bytes) -> Any:
 def parse_value(text: str, start: int = 0) -> Tuple[Any, int]:
     """The JSON value that begins at `start` -> (it, where it ends); ValueError if there is none."""
     try:
-        return _DECODER.raw_decode(text, _SPACE.match(text, start).end())
+        return _DECODER.raw_decode(text, start)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -1313,8 +1312,7 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 
 def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
-              declare: Optional[Declare] = None,
-              read: Optional[ReadHistory] = None) -> Translation:
+              declare: Optional[Declare] = None, read: Optional[ReadHistory] = None) -> Translation:
     """Translate a checked Messages request into a generateContent body for `model`. `lookup` gives
     the thought signature kept for a tool_use id or `text_key`, or None; `declare` may remember what
     `declaration` makes of a tool, and `read` what read_history makes of messages. The request is
@@ -4117,7 +4115,6 @@ class Piece:
     """Some messages as they came, what they became, what the signature cache said, and the history
     behind them; then comes a turn of the model's."""
 
-    __slots__ = ("key", "raw", "written", "asked", "history", "size", "until", "parent", "next")
     ENTRY_BYTES = 1500
 
     def __init__(self, key: Tuple[str, Any], raw: bytes = b"", contents: Sequence[Json] = (),
@@ -4144,8 +4141,7 @@ class HistoryCache:
         self._lock = threading.Lock()  # protects all below
         self._root = Piece(("", None))
         self._pieces: "OrderedDict[Piece, None]" = OrderedDict()
-        # what is kept, how many requests had some of it, and how much they had in all
-        self.figures = Counter(bytes=0, hits=0, hit_bytes=0)
+        self.figures = {"bytes": 0, "hits": 0, "hit_bytes": 0}
 
     def open(self, raw: bytes, client_key: Callable[[], str]) -> Tuple[Any, Optional[ReadHistory]]:
         """-> (a request with only its new messages, what reads them), or (the request, None)"""
@@ -4168,18 +4164,15 @@ class HistoryCache:
                              None)
                 path += [piece] if piece else []
             self._renew(path)
-        path = list(itertools.takewhile(
+        return list(itertools.takewhile(
             lambda piece: all(get(name) == value for name, value in piece.asked), path))
-        with self._lock:
-            self.figures.update(hits=bool(path), hit_bytes=sum(len(piece.raw) for piece in path))
-        return path
 
     def keep(self, path: List[Piece], pieces: List[Piece]) -> None:
-        """Put new pieces behind those of a path."""
+        """Put new pieces behind those of a path; what is too old or too much goes."""
         with self._lock:
+            self.figures["hits"] += bool(path)
+            self.figures["hit_bytes"] += sum(len(piece.raw) for piece in path)
             parent = path[-1] if path else self._root
-            if path and parent not in self._pieces:
-                return
             for piece in pieces:
                 piece.parent = parent
                 parent.next = [piece] + [each for each in parent.next
@@ -4204,7 +4197,7 @@ class HistoryCache:
             piece.parent.next = [each for each in piece.parent.next if each is not piece]
 
 
-_MESSAGES = re.compile(rb'(?<!\\)"messages":[ \t\r\n]*\[')
+_MESSAGES = re.compile(rb'(?<!\\)"messages":[ \t\r\n]*\[[ \t\r\n]*')
 _NEXT = re.compile(r"[ \t\r\n]*([],])[ \t\r\n]*")
 
 
@@ -4212,7 +4205,7 @@ class NewMessages:
     """The messages of a body that are new. ValueError or ProxyError for one that is unusual."""
 
     def __init__(self, cache: HistoryCache, raw: bytes, client_key: str) -> None:
-        self._cache, self._raw, self._is_read = cache, raw, False
+        self._cache, self._raw = cache, raw
         found = _MESSAGES.match(raw, max(0, raw.find(b'"messages":')))
         tools_at = raw.find(b'"tools":', found.end()) if found else 0
         if not found or ((tools_at if tools_at > 0 else len(raw)) - found.end()
@@ -4257,8 +4250,7 @@ class NewMessages:
 
     def read(self, request: Json, t: Translation) -> List[Json]:
         """The first time, with the pieces that are known; else read_history of the whole."""
-        if not self._is_read and t.rule == self._key[1]:
-            self._is_read = True
+        if self._text and t.rule == self._key[1]:
             with contextlib.suppress(ProxyError, ValueError, RecursionError):
                 return self._read(request, t)
         return read_history(self._cache.parse(self._raw), t)
@@ -4272,14 +4264,14 @@ class NewMessages:
         text, self._text = self._text, ""
         messages, pieces = request["messages"], []
         contents: List[Json] = [{"role": "user", "parts": []}]
-        begin = start = 0
+        start = 0
         for end in self._borders(messages):
             read_messages(messages[start:end], contents, own)
-            if own.history.role == "user":  # else it goes on to the next border
-                raw = text[self._places[begin]:self._places[end]].encode("utf-8")
-                pieces.append(Piece(self._key, raw, settled(contents), asked, own.history))
-                begin, contents, asked = end, [{"role": "user", "parts": []}], []
-            start = end
+            if own.history.role != "user":
+                raise ValueError("the user's message is empty")
+            raw = text[self._places[start]:self._places[end]].encode("utf-8")
+            pieces.append(Piece(self._key, raw, settled(contents), asked, own.history))
+            start, contents, asked = end, [{"role": "user", "parts": []}], []
         read_messages(messages[start:], contents, own)
         end_history(contents, own)
         new = settled(contents)
@@ -4288,8 +4280,8 @@ class NewMessages:
         return [piece.written for piece in self._path + pieces] + new
 
     def _borders(self, messages: List[Json]) -> Iterator[int]:
-        """Where a piece may end: behind a user's message, where all is settled, and before a turn
-        of the model's. What is far from the end changes least: there pieces are larger."""
+        """Where a piece may end: behind a user's message and before a turn of the model's. Pieces
+        far from the end are larger: they change least."""
         last = 0
         for i, (before, message) in enumerate(zip(messages, messages[1:]), 1):
             far = (self._places[-1] - self._places[i]) // 4
@@ -5728,6 +5720,7 @@ class ProxyServer(ThreadingHTTPServer):
     def tidy(self) -> None:
         """From the heartbeat's thread: close what is idle; after a load, give memory back."""
         self.upstream.close_expired()
+        self.histories.keep([], [])  # what is too old goes, also while nobody asks
         now, answered = time.monotonic(), self.traffic.totals["requests"]
         if answered != self._answered or self.heartbeat.exchanges():
             self._answered, self._quiet_since = answered, now
@@ -5800,9 +5793,11 @@ class HTTPHandler(BaseHTTPRequestHandler):
         try:
             self.reader.allow(self.idle_seconds)
             for _ in range(4):  # RFC 9112, 2.2: some send a line too many
-                if self.rfile.peek(1)[:1] in (b"\r", b"\n"):
-                    self.rfile.read(1)
-            if not self.rfile.peek(1):
+                first = self.rfile.peek(1)[:1]
+                if first not in (b"\r", b"\n"):
+                    break
+                self.rfile.read(1)
+            if not first:
                 return
         except (ConnectionError, socket.timeout):
             return
@@ -6231,7 +6226,7 @@ class ProxyHandler(HTTPHandler):
                      problem: str) -> None:
         """One line for each request, and the counters."""
         server, usage = self.server, sane_counts(emitter.usage)
-        fields = self.log_fields(exchange, emitter, status)
+        fields = self.log_fields(exchange, emitter, status, usage)
         cost = fields["cost"]
         shown = ("$%.4f" % cost if cost is not None
                  else "no price" if emitter.usage or any(emitter.spent) else "no cost")
@@ -6263,9 +6258,10 @@ class ProxyHandler(HTTPHandler):
             why += "; after %d characters and %d calls" % (emitter.characters, emitter.calls)
         return why
 
-    def log_fields(self, exchange: Exchange, emitter: MessageEmitter, status: int) -> Json:
+    def log_fields(self, exchange: Exchange, emitter: MessageEmitter, status: int,
+                   usage: Counts) -> Json:
         """What the log, the page and the counters say of an answer."""
-        usage, started = sane_counts(emitter.usage), exchange.started
+        started = exchange.started
         first = self.stream.first_event_at if self.stream else 0.0
         first = first if first > started else 0.0  # it was not this exchange's
         costs = [cost_of(each, exchange.route, self.server.config, today())
@@ -6279,7 +6275,7 @@ class ProxyHandler(HTTPHandler):
                   "total_ms": round((time.monotonic() - started) * 1000),
                   "retries": exchange.retries, "key": exchange.key_number + 1,
                   "cost": None if None in costs or not costs else sum(costs)}
-        fields.update((kind, usage.get(name, 0)) for name, kind in TOKEN_KINDS)
+        fields.update((kind, usage[name]) for name, kind in TOKEN_KINDS)
         return fields
 
     def forward_to_anthropic(self, request: Any, body: bytes) -> bool:

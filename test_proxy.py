@@ -3939,6 +3939,7 @@ class KnownHistories(ProxyCase):
         source = source[:start] + source[source.index("# ---- 12.", start):]
         for used, instead in (
                 ("server.histories.open(body, self.client_key)", "server.tools.parse(body), None"),
+                ("self.histories.keep([], [])", "pass"),
                 ("HistoryCache(config, self.signatures, self.tools.parse,\n"
                  "                                      0 if upstream else "
                  "config.history_cache_bytes)",
