@@ -8999,14 +8999,14 @@ def read_message(sock, data=b""):
     return head, b"".join(pieces)
 
 
-def session(turns, tools=24, size=2000):
+def session(turns, tools=24, size=2000, task="Do it."):
     """A session as Claude Code sends it: tools, and turns of call and result."""
     described = {"type": "string", "description": "What this parameter is for, in a sentence."}
     schema = {"type": "object", "properties": {"p%d" % i: described for i in range(12)},
               "required": ["p1"]}
     tools = [{"name": "Tool%d" % i, "description": "What this tool does. " * 90,
               "input_schema": schema} for i in range(tools)]
-    messages = ["Do it."]
+    messages = [task]
     for i in range(turns):
         id_ = "toolu_%d" % i
         messages.append(says("I look at file %d." % i, uses(id_, "Tool1", {"p1": "x" * 300})))
@@ -9021,12 +9021,12 @@ def wire(path, body, port):
             + data)
 
 
-def burst(port, data, count):
-    """Milliseconds of `count` requests, one after another on one connection."""
+def burst(port, requests):
+    """Milliseconds of each request, one after another on one connection."""
     out = []
     with socket.create_connection(("127.0.0.1", port)) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for _ in range(count):
+        for data in requests:
             started = time.perf_counter()
             sock.sendall(data)
             head, _ = read_message(sock)
@@ -9096,7 +9096,7 @@ def started_proxy(port, *arguments):
                                cwd=tempfile.gettempdir())
     while True:
         try:
-            burst(own, wire("/v1/messages", request(), own), 1)
+            burst(own, [wire("/v1/messages", request(), own)])
             return process, own, (time.perf_counter() - began) * 1000
         except ConnectionError:
             time.sleep(0.002)
@@ -9138,35 +9138,53 @@ def bench():
     bench_signatures()
 
 
+def growing(turns, requests):
+    """Of a round: a small request, a session of its own, the same with one more turn each time."""
+    return lambda round_: [request()] + [session(turns + i, task="Task %d." % round_)
+                                         for i in range(requests)]
+
+
+BENCH_CASES = (  # name, the bodies of a round, how many of them are not measured
+    ("small", lambda round_: [request()] * 60, 0),
+    ("stream", lambda round_: [request(stream=True)] * 60, 0),
+    ("code, 24 tools", lambda round_: [dict(session(0), stream=True)] * 40, 0),
+    ("large, 200 turns, repeated", lambda round_: [session(200, size=4500)] * 8, 1),
+    ("first sight of 200 turns", growing(200, 1), 1),
+    *(("%d turns, one more each time" % turns, growing(turns, requests), 2)
+      for turns, requests in ((50, 13), (200, 7), (800, 4))))
+
+
 def bench_latency(upstream, bare, port):
     print("\none request at a time, median ms (p99)      direct    bare pass-through"
           "     the proxy      the proxy adds")
-    cases = [("small", request(), 60), ("stream", request(stream=True), 60),
-             ("code, 24 tools", dict(session(0), stream=True), 40),
-             ("large, 200 tool turns", session(200, size=4500), 8)]
-    cases += [("%d tool turns" % n, session(n), max(4, 800 // n)) for n in (50, 200, 800)]
-    for name, body, count in cases:
-        stream = body.get("stream")
-        action = "streamGenerateContent?alt=sse" if stream else "generateContent"
-        direct = wire("/v1beta/models/gemini-3.8-flash:" + action,
-                      proxy.to_gemini(body, "gemini-3.8-flash", CONFIG).body, upstream)
-        ways = ((upstream, direct), (bare, wire("/v1/messages", body, bare)),
-                (port, wire("/v1/messages", body, port)))
-        times = [[], [], []]
-        for _ in range(9):  # in turns, so that all see the same machine
-            for i, (to, data) in enumerate(ways):
-                times[i] += burst(to, data, count)
+    for name, bodies, skipped in BENCH_CASES:
+        times, size = [[], [], []], 0
+        for round_ in range(9):  # in turns, so that all see the same machine
+            sent = bodies(round_)
+            stream = sent[0].get("stream")
+            path = "/v1beta/models/gemini-3.8-flash:" + (
+                "streamGenerateContent?alt=sse" if stream else "generateContent")
+            direct = [proxy.to_gemini(body, "gemini-3.8-flash", CONFIG).body for body in sent]
+            for i, (to, where, each) in enumerate(((upstream, path, direct),
+                                                   (bare, "/v1/messages", sent),
+                                                   (port, "/v1/messages", sent))):
+                data = [wire(where, body, to) for body in each]
+                times[i] += burst(to, data)[skipped:]
+                size = len(data[-1])
         (d, b, p), (d99, b99, p99) = ([quantile(x, q) for x in times] for q in (0.5, 0.99))
         print("%-34s %8.2f (%5.2f) %8.2f (%5.2f) %8.2f (%5.2f) %9.2f" % (
-            "%s (%d kB)" % (name, len(ways[2][1]) // 1000), d, d99, b, b99, p, p99, p - d))
+            "%s (%d kB)" % (name, size // 1000), d, d99, b, b99, p, p99, p - d))
 
 
 def bench_streams(port, pid):
-    data = wire("/v1/messages", request(stream=True), port)
-    started = time.perf_counter()
-    total = sum(in_threads(8, lambda n: len(burst(port, data, 150))))
-    print("\n%.0f small streams a second, 8 at once" % (total / (time.perf_counter() - started)))
-    in_threads(64, lambda n: burst(port, data, 5))
+    small = [wire("/v1/messages", request(stream=True), port)]
+    large = [wire("/v1/messages", session(200, size=4500), port)]
+    for name, requests in (("small streams", small * 150), ("requests of 1.1 MB", large * 30)):
+        burst(port, requests[:1])
+        started = time.perf_counter()
+        total = sum(in_threads(8, lambda n: len(burst(port, requests))))
+        print("%.0f %s a second, 8 at once" % (total / (time.perf_counter() - started), name))
+    in_threads(64, lambda n: burst(port, small * 5))
     print("%.1f MiB after 64 at once (peak %.1f)" % (resident(pid), resident(pid, peak=True)))
     print("a dripped stream's delta arrives %.2f ms after it was sent (median)"
           % quantile(dripped(port, 1), 0.5))
