@@ -4126,7 +4126,7 @@ class Piece:
         self.size = (self.ENTRY_BYTES + len(raw) + len(self.written.json) + len(self.history)
                      + sum(200 + len(name) + len(value or "") for name, value in asked))
         self.until, self.parent = 0.0, self
-        self.next: List["Piece"] = []
+        self.next: Dict[Tuple, "Piece"] = {}  # by their key and bytes
 
 
 class HistoryCache:
@@ -4159,7 +4159,7 @@ class HistoryCache:
             piece: Optional[Piece] = self._root
             while piece:
                 at += len(piece.raw)
-                piece = next((each for each in piece.next if each.key[0] == owner
+                piece = next((each for each in piece.next.values() if each.key[0] == owner
                               and rule in (None, each.key[1]) and raw.startswith(each.raw, at)),
                              None)
                 path += [piece] if piece else []
@@ -4175,8 +4175,7 @@ class HistoryCache:
             parent = path[-1] if path else self._root
             for piece in pieces:
                 piece.parent = parent
-                parent.next = [piece] + [each for each in parent.next
-                                         if each.raw != piece.raw or each.key != piece.key]
+                parent.next[piece.key, piece.raw] = piece
                 parent = piece
                 self.figures["bytes"] += piece.size
                 self._pieces[piece] = None
@@ -4194,7 +4193,8 @@ class HistoryCache:
                 return
             del self._pieces[piece]
             self.figures["bytes"] -= piece.size
-            piece.parent.next = [each for each in piece.parent.next if each is not piece]
+            if piece.parent.next.get((piece.key, piece.raw)) is piece:
+                del piece.parent.next[piece.key, piece.raw]
 
 
 _MESSAGES = re.compile(rb'(?<!\\)"messages":[ \t\r\n]*\[[ \t\r\n]*')

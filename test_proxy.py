@@ -3930,7 +3930,7 @@ class KnownHistories(ProxyCase):
             tracemalloc.stop()
         now[0] += 3601
         cache.keep([], [])
-        self.assertEqual((cache.figures["bytes"], cache._root.next), (0, []))
+        self.assertEqual((cache.figures["bytes"], cache._root.next), (0, {}))
 
     def test_the_section_can_be_left_out(self):
         with open(proxy.__file__, encoding="utf-8") as file:
@@ -8858,6 +8858,16 @@ class Growth(ProxyCase):
         for name, n, make in HISTORY_GROWTH:
             with self.subTest(name):
                 self.linear(make, translate, n)
+
+    def test_conversations_are_kept_and_let_go_in_linear_time(self):
+        def act(n):
+            cache = proxy.HistoryCache(CONFIG, None, None, 1 << 30)
+            for i in range(n):
+                cache.keep([], [proxy.Piece(("", None), b"%d" % i)])
+            cache._limit = 0
+            cache.keep([], [])
+            self.assertEqual(cache.figures["bytes"], 0)
+        self.linear(lambda n: n, act, 1000)
 
     def test_answers_in_many_pieces_take_linear_time(self):
         def whole(chunks):
