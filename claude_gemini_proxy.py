@@ -5581,17 +5581,20 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopped.wait(self._seconds):
             self._tidy()
-            with self._lock:
-                watched = list(self._watched.items())
-            now = time.monotonic()
-            for exchange, (client, stream) in watched:
-                try:
-                    if is_disconnected(client):
-                        exchange.cancel()
-                    elif stream and is_ready(client, to_write=True):
-                        stream.ping_if_idle(now)
-                except (OSError, ValueError):  # closed under our hands
+            self._beat()  # in a frame of its own: a variable here would keep the last request
+
+    def _beat(self) -> None:
+        with self._lock:
+            watched = list(self._watched.items())
+        now = time.monotonic()
+        for exchange, (client, stream) in watched:
+            try:
+                if is_disconnected(client):
                     exchange.cancel()
+                elif stream and is_ready(client, to_write=True):
+                    stream.ping_if_idle(now)
+            except (OSError, ValueError):  # closed under our hands
+                exchange.cancel()
 
 
 # ---- 15. HTTP server (I/O) ------------------------------------------------------------------

@@ -61,6 +61,7 @@ import types
 import unittest
 import urllib.parse
 import urllib.request
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -3000,6 +3001,14 @@ class Heartbeats(unittest.TestCase):
             self.assertEqual(self.heartbeat.exchanges(), [one.exchange])
             one.read_pings(3)
         self.assertEqual(self.heartbeat.exchanges(), [])
+
+    def test_a_request_that_is_no_longer_watched_is_not_kept(self):
+        one = SocketStream(self)
+        with self.watching(one):
+            one.read_pings(1)
+        exchange = weakref.ref(one.exchange)
+        del one.exchange
+        self.assertTrue(wait_for(lambda: exchange() is None))
 
     def test_a_stream_that_is_no_longer_watched_gets_none(self):
         one, other = SocketStream(self), SocketStream(self)
