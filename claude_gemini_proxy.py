@@ -3679,96 +3679,73 @@ def _objects(raw: bytes) -> List[Json]:
 #   Exchange                            one request    handler, pings     one, for its connection
 #   EventStream, its MessageEmitter     one answer     handler, pings     one, held while writing
 
-class SignatureCache:
-    """Thought signatures by tool_use id or text key: an LRU bound in entries, age and bytes."""
+class LRUCache:
+    """A map for all threads, bound in the sum of its sizes, in entries, and in seconds since an
+    entry was last used. What was used least recently goes first."""
 
-    ENTRY_BYTES = 250  # what an entry costs beside its two strings (measured, CPython 3.11)
+    NOTHING = (None, 0, -math.inf)
+
+    def __init__(self, limit: int, most: float = math.inf, seconds: float = math.inf,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit, self._most, self._seconds, self._clock = limit, most, seconds, clock
+        self._lock = threading.Lock()  # protects the two below
+        self._entries: "OrderedDict[Any, Tuple[Any, int, float]]" = OrderedDict()
+        self._used = 0
+
+    def get(self, key: Any) -> Any:
+        """The value, whose time begins anew, or None."""
+        with self._lock:
+            value, size, until = self._entries.get(key, self.NOTHING)
+            now = self._clock()
+            if until < now:
+                return None
+            self._entries[key] = (value, size, now + self._seconds)
+            self._entries.move_to_end(key)
+            return value
+
+    def put(self, key: Any, value: Any, size: int = 1, replace: bool = True) -> None:
+        now = self._clock()
+        with self._lock:
+            _, old_size, until = self._entries.get(key, self.NOTHING)
+            if until >= now and not replace:
+                return
+            self._entries[key] = (value, size, now + self._seconds)
+            self._entries.move_to_end(key)
+            self._used += size - old_size
+            # Use moves an entry to the end, so the first one is also the first to expire.
+            while self._entries and (len(self._entries) > self._most or self._used > self._limit
+                                     or next(iter(self._entries.values()))[2] < now):
+                self._used -= self._entries.popitem(last=False)[1][1]
+
+    def size(self) -> Tuple[int, int]:
+        """-> (entries, the sum of their sizes)"""
+        with self._lock:
+            return len(self._entries), self._used
+
+
+class SignatureCache:
+    """Thought signatures by tool_use id or text key. With CLIENT_KEYS each client is an owner, and
+    shares nothing."""
+
+    ENTRY_BYTES = 290  # what an entry costs beside its two strings (measured, CPython 3.11)
 
     def __init__(self, size: int, ttl: float, limit_bytes: int,
                  clock: Callable[[], float] = time.monotonic) -> None:
-        self._size, self._ttl, self._limit_bytes, self._clock = size, ttl, limit_bytes, clock
-        self._lock = threading.Lock()  # protects the two below
-        self._entries: "OrderedDict[str, Tuple[str, float]]" = OrderedDict()
-        self._bytes = 0
+        self._known = LRUCache(limit_bytes, size, ttl, clock)
+        self.size = self._known.size
 
-    def of(self, client_key: str) -> Any:
-        """The cache for a client with a key of its own (CLIENT_KEYS): nothing in it is shared."""
-        return OwnSignatures(self, short_hash(client_key)) if client_key else self
+    def get(self, key: str, owner: str = "") -> Optional[str]:
+        return self._known.get(owner + key)
 
-    def get(self, key: str) -> Optional[str]:
-        """The signature, whose time begins anew, or None."""
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or entry[1] < self._clock():
-                return None
-            self._entries[key] = (entry[0], self._clock() + self._ttl)
-            self._entries.move_to_end(key)
-            return entry[0]
-
-    def put(self, key: str, signature: str) -> None:
+    def put(self, key: str, signature: str, owner: str = "") -> None:
         """Keep a signature. The first one of a text stays, so that the history's bytes stay."""
-        now = self._clock()
-        with self._lock:
-            if key in self._entries and self._entries[key][1] >= now:
-                return
-            self._drop(key)
-            self._entries[key] = (signature, now + self._ttl)
-            self._bytes += len(key) + len(signature) + self.ENTRY_BYTES
-            # Use renews an entry and moves it to the end, so the oldest is also the first to
-            # expire.
-            while self._entries and (len(self._entries) > self._size
-                                     or self._bytes > self._limit_bytes
-                                     or next(iter(self._entries.values()))[1] < now):
-                self._drop(next(iter(self._entries)))
-
-    def _drop(self, key: str) -> None:
-        entry = self._entries.pop(key, None)
-        if entry:
-            self._bytes -= len(key) + len(entry[0]) + self.ENTRY_BYTES
-
-    def size(self) -> Tuple[int, int]:
-        """-> (entries, bytes)"""
-        with self._lock:
-            return len(self._entries), self._bytes
+        size = len(owner) + len(key) + len(signature) + self.ENTRY_BYTES
+        self._known.put(owner + key, signature, size, replace=False)
 
 
-class OwnSignatures(NamedTuple):
-    """One client's part of a SignatureCache."""
-
-    cache: SignatureCache
-    owner: str
-
-    def get(self, key: str) -> Optional[str]:
-        return self.cache.get("%s %s" % (self.owner, key))
-
-    def put(self, key: str, signature: str) -> None:
-        self.cache.put("%s %s" % (self.owner, key), signature)
-
-
-class LRUCache:
-    """A map for all threads that forgets what was used least recently."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = self._left = limit  # what all sizes together may still add up to
-        self._lock = threading.Lock()  # protects the map and what is left
-        self._entries: "OrderedDict[Any, Tuple[Any, int]]" = OrderedDict()
-
-    def get(self, key: Any) -> Any:
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-
-    def put(self, key: Any, value: Any, size: int = 1) -> None:
-        """Keep a value, unless it alone would take more than a thirtieth of the room."""
-        if size > max(1, self._limit // 30):
-            return
-        with self._lock:
-            self._left += self._entries.pop(key, (None, 0))[1] - size
-            self._entries[key] = (value, size)
-            while self._left < 0:
-                self._left += self._entries.popitem(last=False)[1][1]
+def owner_of(client_key: str) -> str:
+    """Whose signatures, histories and connections a request may use: those of its client's key."""
+    return short_hash(client_key) if client_key else ""
 
 
 class Written(dict):
@@ -3842,7 +3819,9 @@ class ToolCache:
             declared = Written(declaration(tool))
             declared.json = dump_json(declared)
             # the key, its JSON, and the objects: about eight times the JSON
-            self._known.put(key, declared, len(key) + 9 * len(declared.json))
+            size = len(key) + 9 * len(declared.json)
+            if size <= self.LIMIT_BYTES // 30:  # one that is larger would displace too many
+                self._known.put(key, declared, size)
         if places:
             places[id(tool)] = declared
         return declared
@@ -3982,69 +3961,53 @@ class Metrics:
 
 
 class Connections:
-    """The clients' connections, and which of them have to go when there are too many: those that
-    have not shown that they may ask, or wait for their next request, the oldest first."""
+    """The clients' connections. When there are too many, those go that have not shown that they may
+    ask, or wait for their next request, the oldest first."""
+
+    WAITING, ADMITTED, IN_PROGRESS, OVER_LIMIT = "waiting", "admitted", "in progress", "over limit"
 
     def __init__(self, limit: int, hard_limit: int) -> None:
         self._limit, self._hard_limit = limit, hard_limit
-        self._lock = threading.Lock()  # protects all below
-        self._all: set = set()
-        self._waiting: "OrderedDict[Any, None]" = OrderedDict()
-        self._over_limit: set = set()
-        self.answers = 0  # requests that are complete and not yet answered
+        self._lock = threading.Lock()  # protects the map
+        self._states: "OrderedDict[Any, str]" = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self._states)
 
     def add(self, connection: socket.socket) -> bool:
         """Take in a connection; False if there is no room, not even to say so."""
         with self._lock:
-            if len(self._all) >= self._hard_limit:
+            states = list(self._states.values())
+            if len(states) >= self._hard_limit:
                 return False
-            if len(self._all) - len(self._over_limit) >= self._limit:
-                oldest = next(iter(self._waiting), None)
-                if oldest is None:
-                    self._over_limit.add(connection)
-                else:  # its thread wakes up and removes it
-                    del self._waiting[oldest]
-                    self._over_limit.add(oldest)
+            self._states[connection] = self.WAITING
+            if len(states) - states.count(self.OVER_LIMIT) >= self._limit:
+                oldest = next(each for each, state in self._states.items() if state == self.WAITING)
+                self._states[oldest] = self.OVER_LIMIT
+                if oldest is not connection:  # its thread wakes up and removes it
                     with contextlib.suppress(OSError):
                         oldest.shutdown(socket.SHUT_RDWR)
-            self._all.add(connection)
-            if connection not in self._over_limit:
-                self._waiting[connection] = None
             return True
+
+    def mark(self, connection: socket.socket, state: str) -> None:
+        """ADMITTED: its client may ask. IN_PROGRESS: its request is complete and not yet answered.
+        WAITING: for its next request."""
+        with self._lock:
+            if self._states.get(connection) not in (None, self.OVER_LIMIT, state):
+                self._states[connection] = state
+                self._states.move_to_end(connection)
 
     def remove(self, connection: socket.socket) -> None:
         with self._lock:
-            self._all.discard(connection)
-            self._waiting.pop(connection, None)
-            self._over_limit.discard(connection)
+            self._states.pop(connection, None)
 
     def is_over_limit(self, connection: socket.socket) -> bool:
-        with self._lock:
-            return connection in self._over_limit
+        return self._states.get(connection) == self.OVER_LIMIT
 
-    def keep(self, connection: socket.socket) -> None:
-        """Its client may ask: it stays until its request has been answered."""
+    @property
+    def in_progress(self) -> int:
         with self._lock:
-            self._waiting.pop(connection, None)
-
-    def wait(self, connection: socket.socket) -> None:
-        """It waits for its next request."""
-        with self._lock:
-            if connection in self._all and connection not in self._over_limit:
-                self._waiting[connection] = None
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        with self._lock:
-            self.answers += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.answers -= 1
+            return list(self._states.values()).count(self.IN_PROGRESS)
 
 
 class Traffic:
@@ -4056,20 +4019,13 @@ class Traffic:
         self._clock = clock
         self._lock = threading.Lock()  # protects all below
         self._records: Deque[Json] = deque(maxlen=5000)
-        self._spent = 0.0
-        self.totals = Counts()  # since the start
+        self.totals = Counts(cost=0.0)  # since the start; USD of all models with a known price
         self.last_error = self.last_session = ""
-
-    @property
-    def spent(self) -> float:
-        """USD since the start, of all models whose price is known."""
-        return self._spent
 
     def add(self, record: Json) -> None:
         """Keep a record: `status` and, where there was an answer, the fields of its log line."""
         with self._lock:
             self._records.append(dict(record, time=self._clock()))
-            self._spent += record.get("cost") or 0.0
             for name in self.SUMS:
                 self.totals[name] += record.get(name) or 0
             self.totals["requests"] += 1
@@ -4084,8 +4040,7 @@ class Traffic:
         minutes: List[List[Json]] = [[] for _ in range(60)]
         for record in records:  # a clock may be set back
             minutes[min(59, max(0, 59 - int((now - record["time"]) // 60)))].append(record)
-        return {"minutes": [minute_sums(minute) for minute in minutes],
-                "recent": records[:-21:-1]}
+        return {"minutes": [minute_sums(minute) for minute in minutes], "recent": records[:-21:-1]}
 
 
 def is_error(record: Json) -> bool:
@@ -4095,13 +4050,11 @@ def is_error(record: Json) -> bool:
 
 def minute_sums(records: Sequence[Json]) -> Json:
     """Requests, errors, tokens, USD and median times of some records."""
-    sums: Json = {name: sum(record.get(name) or 0 for record in records)
-                  for name in Traffic.SUMS}
+    sums: Json = {name: sum(record.get(name) or 0 for record in records) for name in Traffic.SUMS}
     for name in ("first_ms", "total_ms"):
         times = sorted(record[name] for record in records if record.get(name))
         sums[name] = times[len(times) // 2] if times else None
-    return dict(sums, requests=len(records),
-                errors=sum(map(is_error, records)))
+    return dict(sums, requests=len(records), errors=sum(map(is_error, records)))
 
 
 # ---- Incremental translation, which may be left out (state) ---------------------------------
@@ -4153,7 +4106,7 @@ class HistoryCache:
 
     def find(self, raw: bytes, at: int, client_key: str, rule: Optional[ModelRule]) -> List[Piece]:
         """The pieces that a body's messages begin with; without a rule, those of any one."""
-        owner, get = short_hash(client_key), self._signatures.of(client_key).get
+        owner, get = owner_of(client_key), self._signatures.get
         path: List[Piece] = []
         with self._lock:
             piece: Optional[Piece] = self._root
@@ -4165,7 +4118,7 @@ class HistoryCache:
                 path += [piece] if piece else []
             self._renew(path)
         return list(itertools.takewhile(
-            lambda piece: all(get(name) == value for name, value in piece.asked), path))
+            lambda piece: all(get(name, owner) == value for name, value in piece.asked), path))
 
     def keep(self, path: List[Piece], pieces: List[Piece]) -> None:
         """Put new pieces behind those of a path; what is too old or too much goes."""
@@ -4220,7 +4173,7 @@ class NewMessages:
         behind = self._text[end:].encode("utf-8")
         rest, place = cache.parse(b'{"":0' + behind), (start, len(raw) - len(behind))
         self.request = check_request({**head, **rest, "messages": messages})
-        self._key = (short_hash(client_key), self._rule_of(self.request))
+        self._key = (owner_of(client_key), self._rule_of(self.request))
         if ("messages" in rest or not self._key[1] or safeguard_of(self.request)
                 or self.request.get("max_tokens") == 0
                 or any(piece.key != self._key for piece in self._path)
@@ -4444,7 +4397,7 @@ class Exchange:
                  client_key: str = "") -> None:
         self.request, self.routes = request, list(dict.fromkeys(routes))
         self.stream, self.client_key, self.translate = stream, client_key, translate
-        self.owner = short_hash(client_key) if client_key else ""  # whose caches and connections
+        self.owner = owner_of(client_key)
         self.session = ""               # that the client names
         self.token = ""                 # of GEMINI_TOKEN_COMMAND, that was sent
         self.retries = 0                # for the log
@@ -5693,20 +5646,15 @@ class ProxyServer(ThreadingHTTPServer):
             os.close(spare)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.connections.add(request):
-            self.shutdown_request(request)
-            return
-        try:
+        if self.connections.add(request):
             super().process_request(request, client_address)
-        except RuntimeError:  # no thread can be started
-            self.connections.remove(request)
-            raise
+        else:
+            self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.connections.remove(request)
+    def shutdown_request(self, request: Any) -> None:
+        """The last thing that happens to a connection, also if no thread could be started."""
+        super().shutdown_request(request)
+        self.connections.remove(request)
 
     def drain(self, seconds: float) -> None:
         """Take no more work, and wait for the answers under way. Frees the port at once."""
@@ -5716,7 +5664,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.shutdown()
         self.socket.close()
         deadline = time.monotonic() + seconds
-        while self.connections.answers and time.monotonic() < deadline:
+        while self.connections.in_progress and time.monotonic() < deadline:
             time.sleep(0.05)
         self.server_close()
 
@@ -5807,7 +5755,10 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.reader.allow(self.head_seconds)
         super().handle_one_request()
         self.stream, self.headers = None, {}  # an idle connection holds nothing of its request
-        self.server.connections.wait(self.connection)
+        self.mark(Connections.WAITING)
+
+    def mark(self, state: str) -> None:
+        self.server.connections.mark(self.connection, state)
 
     def parse_request(self) -> bool:
         self.request_id = new_id("req_")
@@ -6005,7 +5956,7 @@ class ProxyHandler(HTTPHandler):
                 return
             if path not in OPEN_PATHS:
                 self.authorize()
-                self.server.connections.keep(self.connection)
+                self.mark(Connections.ADMITTED)
                 self.admitted = self.command == "POST"
             if methods is None:
                 raise ProxyError(
@@ -6064,12 +6015,8 @@ class ProxyHandler(HTTPHandler):
 
     def handle_messages(self, path: str) -> None:
         """POST /v1/messages"""
-        body = self.read_body()
-        with self.server.connections.answering():
-            self.answer_messages(body)
-
-    def answer_messages(self, body: bytes) -> None:
-        server = self.server
+        server, body = self.server, self.read_body()
+        self.mark(Connections.IN_PROGRESS)
         request, read = server.histories.open(body, self.client_key)  # or: tools.parse, no read
         named = request.get("model") if isinstance(request, dict) else None
         self.requested = named[:100] if isinstance(named, str) else ""
@@ -6087,7 +6034,7 @@ class ProxyHandler(HTTPHandler):
             LOG.debug("%s client: %s", self.request_id, redacted_body(request, hide))
             LOG.debug("%s upstream: %s", self.request_id,
                       redacted_body(exchange.translation.body, hide))
-        remember = server.signatures.of(exchange.client_key).put
+        remember = functools.partial(server.signatures.put, owner=exchange.owner)
         emitter = MessageEmitter(request["model"], new_id, remember,
                                  exchange.translation, estimate,
                                  bool(request.get("context_management")))
@@ -6116,8 +6063,8 @@ class ProxyHandler(HTTPHandler):
                       read: Optional[ReadHistory] = None) -> Tuple[Exchange, int]:
         """A request on its way, and an estimate of its tokens."""
         server, config = self.server, self.server.config
-        signatures = server.signatures.of(self.client_key())
-        translate = functools.partial(translated, request, config, lookup=signatures.get,
+        lookup = functools.partial(server.signatures.get, owner=owner_of(self.client_key()))
+        translate = functools.partial(translated, request, config, lookup=lookup,
                                       declare=server.tools.declare, read=read)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         routes = [resolve_model(request["model"], config)]
@@ -6134,7 +6081,7 @@ class ProxyHandler(HTTPHandler):
 
     def check_budget(self, exchange: Exchange) -> None:
         """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
-        config, spent = self.server.config, self.server.traffic.spent
+        config, spent = self.server.config, self.server.traffic.totals["cost"]
         if not config.budget_usd:
             return
         if spent >= config.budget_usd:
@@ -6417,7 +6364,7 @@ class ProxyHandler(HTTPHandler):
                       "model": hide(exchange.model),
                       "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
                      for exchange in server.heartbeat.exchanges()],
-            "spent_usd": server.traffic.spent,
+            "spent_usd": server.traffic.totals["cost"],
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
                          for (name, labels), value in sorted(server.metrics.snapshot().items())}})
 
@@ -6961,7 +6908,7 @@ def serve(server: ProxyServer, demo: bool) -> int:
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not stop.wait(1):  # on Windows a signal does not end a wait
         pass
-    LOG.info("finishing %d requests (a second signal ends at once)", server.connections.answers)
+    LOG.info("finishing %d requests (a second signal ends at once)", server.connections.in_progress)
     server.drain(GRACE_SECONDS)
     return 0
 
@@ -7081,7 +7028,7 @@ def used_line(traffic: Traffic, is_claude: bool) -> str:
     total = traffic.totals
     line = "%d requests, tokens in %d (cached %d) out %d, $%.4f" % (
         total["requests"], total["input"], total["cached"], total["output"] + total["thought"],
-        traffic.spent)
+        traffic.totals["cost"])
     if traffic.last_error:
         line += "; last error: " + traffic.last_error
     if is_claude and traffic.last_session:

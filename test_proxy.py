@@ -2704,7 +2704,8 @@ class State(unittest.TestCase):
                 cache.get("k%d" % rng.randrange(2000))
 
         in_threads(8, hammer)
-        size = sum(len(k) + len(v[0]) + cache.ENTRY_BYTES for k, v in cache._entries.items())
+        entries = cache._known._entries.items()
+        size = sum(len(k) + len(v[0]) + cache.ENTRY_BYTES for k, v in entries)
         self.assertEqual(cache.size(), (500, size))
 
     def test_tools_are_remembered_by_content_alone(self):
@@ -2782,7 +2783,7 @@ class State(unittest.TestCase):
         self.assertEqual([r["status"] for r in hour["recent"]], [401] + [200] * 5)
 
     def test_what_was_spent_is_summed_from_the_start(self):
-        self.assertEqual(self.traffic().spent, 3.0)
+        self.assertEqual(self.traffic().totals["cost"], 3.0)
 
     def test_with_too_many_counters_new_ones_are_counted_as_others(self):
         metrics = proxy.Metrics()
@@ -3431,6 +3432,8 @@ class Incremental(unittest.TestCase):
     def run_conversations(self, seed, steps=50):
         rng, now = random.Random(seed), [0.0]
         signatures = proxy.SignatureCache(1000, 30.0, 1 << 20, lambda: now[0])
+        owner = proxy.owner_of("k")
+        lookup = functools.partial(signatures.get, owner=owner)
         tools, declare = proxy.ToolCache(), proxy.ToolCache().declare
         cache = proxy.HistoryCache(CONFIG, signatures, tools.parse,
                                    rng.choice([1 << 20, 40000, 9000]), lambda: now[0])
@@ -3441,24 +3444,24 @@ class Incremental(unittest.TestCase):
         conversations = [RandomConversation(rng) for _ in range(rng.randint(1, 3))]
 
         def peek(key):  # without renewing it
-            entry = signatures._entries.get("%s %s" % (proxy.short_hash("k"), key))
-            return entry[0] if entry and entry[1] >= now[0] else None
+            entry = signatures._known._entries.get(owner + key)
+            return entry[0] if entry and entry[2] >= now[0] else None
 
         for step in range(steps):
             conversation = rng.choice(conversations)
             conversation.step()
             if conversation.ids and rng.random() < .5:
-                signatures.of("k").put(rng.choice(conversation.ids),
-                                       rng.choice(["SIGA", "SIGB", "openai-Z"]))
+                signatures.put(rng.choice(conversation.ids),
+                               rng.choice(["SIGA", "SIGB", "openai-Z"]), owner)
             now[0] += rng.choice([.1, .1, .1, 5, 20])
             offered = offered if rng.random() < .9 else rng.choice(self.TOOL_LISTS)
             raw = self.raw(rng, conversation, order, style, offered)
             plain = outcome(self.translation, raw, None, peek, declare)
-            new = outcome(self.translation, raw, cache, signatures.of("k").get, tools.declare)
+            new = outcome(self.translation, raw, cache, lookup, tools.declare)
             self.assertEqual(new, plain, (seed, step))
             if rng.random() < .3 and isinstance(plain[1], dict):
-                signatures.of("k").put(proxy.text_key(rng.choice(ODD_TEXTS), plain[1]["session"]),
-                                       rng.choice(["SIGT", "openai-T"]))
+                signatures.put(proxy.text_key(rng.choice(ODD_TEXTS), plain[1]["session"]),
+                               rng.choice(["SIGT", "openai-T"]), owner)
             kept = list(cache._pieces)
             self.assertEqual(cache.figures["bytes"], sum(piece.size for piece in kept))
             self.assertLessEqual(cache.figures["bytes"], cache._limit)
@@ -5264,7 +5267,7 @@ class Endpoints(ProxyCase):
     def test_a_spent_budget_is_a_402_that_names_it(self):
         r = self.run_proxy(budget_usd=0.000001)
         self.assertEqual(r.ask(request())[0], 200)
-        self.assertTrue(wait_for(lambda: r.server.traffic.spent))
+        self.assertTrue(wait_for(lambda: r.server.traffic.totals["cost"]))
         status, headers, data = r.send("POST", "/v1/messages", request())
         error = json.loads(data)["error"]
         self.assertEqual((status, headers["x-should-retry"], error["type"]),
@@ -5286,7 +5289,7 @@ class Endpoints(ProxyCase):
         self.replace(proxy, "OPENROUTER_BASE", fake.url)
         r = self.run_proxy(**settings)
         self.assertEqual(r.ask(request(model="x/y"))[0], 200)
-        self.assertTrue(wait_for(lambda: r.server.traffic.spent == 0.25))
+        self.assertTrue(wait_for(lambda: r.server.traffic.totals["cost"] == 0.25))
 
     def test_the_log_names_tools_that_were_left_out(self):
         with captured_log() as lines:
@@ -5306,7 +5309,8 @@ class Endpoints(ProxyCase):
             for _ in odd:
                 self.assertEqual(answer(r, request(stream=stream)), [("text", "ok")])
         self.assertEqual(list(usages), [])
-        self.assertTrue(0 <= r.server.traffic.spent < 0.001, r.server.traffic.spent)
+        spent = r.server.traffic.totals["cost"]
+        self.assertTrue(0 <= spent < 0.001, spent)
 
     def test_the_status_shows_neither_long_names_nor_what_stands_behind_a_path(self):
         r = self.run_proxy()
@@ -5735,7 +5739,7 @@ class Demo(ProxyCase):
         r = self.run_demo()
         r.ask(request("hello"))
         self.assertTrue(wait_for(lambda: r.server.traffic.last_hour()["recent"]))
-        self.assertEqual(r.server.traffic.spent, 0)
+        self.assertEqual(r.server.traffic.totals["cost"], 0)
 
     def test_the_demo_refuses_a_history_in_which_its_signature_did_not_come_back(self):
         r = self.run_demo()
@@ -6285,7 +6289,7 @@ class OtherUpstreams(ProxyCase):
         counts = {k: v for k, v in message["usage"].items() if "tokens" in k and type(v) is int}
         self.assertEqual(counts, {"input_tokens": 60, "cache_creation_input_tokens": 0,
                                   "cache_read_input_tokens": 40, "output_tokens": 30})
-        self.assertTrue(wait_for(lambda: r.server.traffic.spent == 1.0))
+        self.assertTrue(wait_for(lambda: r.server.traffic.totals["cost"] == 1.0))
 
     def parts_of(self, *chunks):
         """The parts of an answer of LiteLLM's 1.108.7, whose deltas were recorded 2026-11-24."""
@@ -8001,7 +8005,7 @@ class Hostile(ProxyCase):
                 answers = [r.ask(request(stream=stream))[0] for stream in (True, False)]
                 self.assertEqual(answers, [200, 200])
                 self.assertEqual(before, r.server.tokens.estimate(4000, plain))
-                self.assertTrue(0 <= r.server.traffic.spent < 0.01)
+                self.assertTrue(0 <= r.server.traffic.totals["cost"] < 0.01)
                 self.assertNotIn("Traceback", log.getvalue())
 
     def test_absurd_costs_spend_nothing(self):
@@ -8013,7 +8017,7 @@ class Hostile(ProxyCase):
                                budget_usd=1.0, prices=(("*", "", 0, 1.0, 1.0, 1.0),))
             with self.subTest(cost=str(cost)[:20]), log_text() as log:
                 self.assertEqual([r.ask(request(stream=s))[0] for s in (True, False)], [200, 200])
-                self.assertTrue(0 <= r.server.traffic.spent < 0.01)
+                self.assertTrue(0 <= r.server.traffic.totals["cost"] < 0.01)
                 self.assertNotIn("Traceback", log.getvalue())
 
     def test_absurd_counts_of_countTokens_are_replaced_by_an_estimate(self):
