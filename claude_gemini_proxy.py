@@ -4274,12 +4274,12 @@ class DeadlineReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._deadline = 0.0
+        self._deadline = math.inf
         self._unread = b""
 
     def allow(self, seconds: float) -> None:
-        """From now on reading may take so long in all; 0: each read the socket's own timeout."""
-        self._deadline = time.monotonic() + seconds if seconds else 0.0
+        """From now on reading may take so long in all; math.inf: each read the socket's timeout."""
+        self._deadline = time.monotonic() + seconds
 
     def unread(self, data: bytes) -> None:
         """Give back what was read too far: it is read again, first."""
@@ -4293,7 +4293,7 @@ class DeadlineReader(io.RawIOBase):
             count = min(len(buffer), len(self._unread))
             buffer[:count], self._unread = self._unread[:count], self._unread[count:]
             return count
-        if not self._deadline:
+        if self._deadline == math.inf:
             return self._sock.recv_into(buffer)
         usual = self._sock.gettimeout()
         self._sock.settimeout(max(0.001, self._deadline - time.monotonic()))
@@ -4403,7 +4403,8 @@ class Exchange:
         self.retries = 0                # for the log
         self.key_number = 0
         self.started = time.monotonic()
-        self.deadline = 0.0             # for what must not take long in all: a moment
+        self.deadline = math.inf        # for what must not take long in all: a moment
+        self.time_limit = ""            # what set it
         self.disconnected = threading.Event()  # the client has left
         self._lock = threading.Lock()   # protects _connection: it may become another exchange's
         self._connection: Any = None
@@ -4416,6 +4417,10 @@ class Exchange:
         self.body: Optional[Json] = None      # as it is sent: translated, then repaired
         self.repaired: Dict[str, str] = {}    # name of a repair -> the message that asked for it
         self.failures = self.key_changes = 0
+
+    def end_within(self, seconds: float, setting: str = "") -> None:
+        self.deadline = time.monotonic() + seconds
+        self.time_limit = "%g s%s" % (seconds, setting and " (%s)" % setting)
 
     def next_route(self) -> bool:
         """Go on to the next model that takes the request, if there is one."""
@@ -4495,12 +4500,11 @@ class Response:
         self._file = io.BufferedReader(self._reader, 65536)
         self.at_end = False        # the end of the body has arrived
         self.has_deadline = False  # for the rest of the body
-        left = exchange.deadline - time.monotonic() if exchange.deadline else 0.0
-        self._reader.allow(max(0.001, left) if left else connection.sock.gettimeout())
-        version, self.status, self.fields = self._read_final_head()
-        if not left:
-            self._reader.allow(0)
-        fields = self.fields
+        left = exchange.deadline - time.monotonic()
+        self._reader.allow(min(left, connection.sock.gettimeout()))  # for the whole head
+        version, self.status, fields = self._read_head()
+        self._reader.allow(exchange.deadline - time.monotonic())
+        self.fields = fields
         self.content_type = fields.get("content-type", "").lower()
         self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
         length = fields.get("content-length", "").partition(",")[0]
@@ -4508,42 +4512,31 @@ class Response:
         self._left = int(length) if counted else -1
         if self.status in (204, 304):
             self._chunked, self._left = False, 0
+        self.has_length = self._left >= 0
+        self.is_framed = self._chunked or self.has_length  # a cut can be seen
         self._reusable = (self.is_framed and version != b"0"
                           and "close" not in fields.get("connection", "").lower())
 
-    def _read_final_head(self) -> Tuple[bytes, int, Dict[str, str]]:
+    def _read_head(self) -> Tuple[bytes, int, Dict[str, str]]:
         """-> (minor version, status, fields), of the first head that is no 1xx"""
         for _ in range(INTERIM_LIMIT):
-            head = self._read_head()
-            if head[1] >= 200:
-                return head
+            line = self._file.readline(HEAD_LIMIT)
+            found = re.match(rb"HTTP/1\.(\d) +(\d{3})\b", line)
+            if not line:
+                raise http.client.RemoteDisconnected("no response")
+            if not found:
+                raise http.client.BadStatusLine("no HTTP")
+            try:
+                fields = parse_headers(read_head(self._file), strict=False)
+            except ValueError as exc:
+                raise http.client.HTTPException("the response's head: %s" % exc) from None
+            if int(found.group(2)) >= 200:
+                return found.group(1), int(found.group(2)), fields
         raise http.client.HTTPException("more than %d interim responses" % INTERIM_LIMIT)
 
-    def _read_head(self) -> Tuple[bytes, int, Dict[str, str]]:
-        line = self._file.readline(HEAD_LIMIT)
-        found = re.match(rb"HTTP/1\.(\d) +(\d{3})\b", line)
-        if not line:
-            raise http.client.RemoteDisconnected("no response")
-        if not found:
-            raise http.client.BadStatusLine("no HTTP")
-        try:
-            fields = parse_headers(read_head(self._file), strict=False)
-        except ValueError as exc:
-            raise http.client.HTTPException("the response's head: %s" % exc) from None
-        return found.group(1), int(found.group(2)), fields
-
-    @property
-    def is_framed(self) -> bool:
-        """The body's length is known from a header or from chunks: a cut can be seen."""
-        return self._chunked or self._left >= 0
-
-    @property
-    def has_length(self) -> bool:
-        return self._left >= 0
-
     def end_within(self, seconds: float) -> None:
-        """Wait so long for the rest of the body, whatever comes in it; 0: as before, to its end."""
-        self.has_deadline = seconds > 0
+        """Wait so long for the rest of the body, whatever comes in it; math.inf: to its end."""
+        self.has_deadline = seconds < math.inf
         self._reader.allow(seconds)
 
     def pieces(self) -> Iterator[bytes]:
@@ -4556,27 +4549,24 @@ class Response:
             if not data and self.is_framed:
                 raise http.client.IncompleteRead(b"")
             self._left -= len(data) if self._left > 0 else 0
-            self.at_end = decoder.ended if decoder else not data or self._left == 0
             total += len(data)
             if total > ANSWER_LIMIT:
                 raise ProxyError(500, "The upstream's answer has more than %d bytes."
                                  % ANSWER_LIMIT)
-            if decoder:
-                data = decoder.feed(data)
-                self.at_end = decoder.ended
+            data = decoder.feed(data) if decoder else data
+            self.at_end = decoder.ended if decoder else not data or self._left == 0
             if data:
                 yield data
         self.close(self._reusable and not (decoder and decoder.rest))
 
     def read(self, limit: int = 1 << 30) -> bytes:
         """The whole body, or a little more than `limit` bytes of it."""
-        body, size = [], 0
+        body = bytearray()
         for piece in self.pieces():
-            body.append(piece)
-            size += len(piece)
-            if size > limit:
+            body += piece
+            if len(body) > limit:
                 break
-        return b"".join(body)
+        return bytes(body)
 
     def close(self, reusable: bool = False) -> None:
         """Be done with the connection; one whose body was not read to its end is closed."""
@@ -4670,8 +4660,7 @@ class ConnectionPool(urllib.request.HTTPSHandler):
             expired = [each for each, idle in self._idle.items() if idle[1] <= oldest]
             for connection in expired:
                 del self._idle[connection]
-        for connection in expired:
-            connection.close()
+                connection.close()
 
 
 def http_request(method: str, selector: str, headers: Mapping[str, str],
@@ -4712,6 +4701,8 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
     if exchange.disconnected.is_set():
         return ProxyError(499, "the client has left")
     if isinstance(reason, socket.timeout):
+        if exchange.deadline <= time.monotonic():
+            return ProxyError(504, "%s did not answer within %s" % (name, exchange.time_limit))
         why = str(reason) if "no connection" in str(reason) else "REQUEST_TIMEOUT"
         return ProxyError(504, "%s was silent for too long (%s)." % (name, why))
     if isinstance(reason, ssl.SSLCertVerificationError):
@@ -4835,7 +4826,7 @@ class Upstream:
         """Wait before another try; False if there is none left, or no time for one."""
         now = time.monotonic()
         if (exchange.failures >= self._config.max_retries
-                or now - exchange.started >= self.TOTAL_SECONDS or 0 < exchange.deadline <= now):
+                or now - exchange.started >= self.TOTAL_SECONDS or exchange.deadline <= now):
             return False
         # Full jitter: a random time up to a limit that doubles, so that clients spread out.
         seconds = seconds or secrets.SystemRandom().uniform(
@@ -4908,7 +4899,7 @@ class Upstream:
                     finished = True
                     response.end_within(self.LAST_SECONDS)
                 elif response.has_deadline and has_parts(batch):  # it was not its end
-                    response.end_within(0)
+                    response.end_within(math.inf)
                 yield batch, response.at_end
             if not finished:  # only the closed connection said that this was the end
                 raise http.client.IncompleteRead(b"")
@@ -4990,16 +4981,14 @@ class Upstream:
                  headers: Mapping[str, str] = MappingProxyType({})) -> Any:
         """GET something small. Raises ProxyError."""
         exchange = Exchange({}, [Route("gemini", "")], client_key=client_key)
-        exchange.deadline = time.monotonic() + self.COUNT_SECONDS
-        try:
-            with ConnectionErrors(exchange, self.NAME), contextlib.closing(
-                    self.send(exchange, path, None, headers)) as response:
-                self._check(response, exchange)
-                return parse_upstream(response.read(10 << 20))
-        except ProxyError as error:
-            if error.status == 504:
-                error.message = "%s did not answer within %g s" % (self.NAME, self.COUNT_SECONDS)
-            raise
+        exchange.end_within(self.COUNT_SECONDS)
+        return self._json(self.send(exchange, path, None, headers), exchange)
+
+    def _json(self, response: Response, exchange: Exchange) -> Any:
+        """A small answer. Raises ProxyError."""
+        with ConnectionErrors(exchange, self.NAME), contextlib.closing(response):
+            self._check(response, exchange)
+            return parse_upstream(response.read(10 << 20))
 
     def send(self, exchange: Exchange, path: str, data: Optional[bytes],
              headers: Mapping[str, str] = MappingProxyType({})) -> Response:
@@ -5007,12 +4996,11 @@ class Upstream:
         fields = {"Content-Type": "application/json", "Accept-Encoding": "identity",
                   "User-Agent": "claude_gemini_proxy/" + __version__, **headers,
                   **self.authorization(exchange)}
-        left = exchange.deadline - time.monotonic() if exchange.deadline else math.inf
+        left = min(exchange.deadline - time.monotonic(), self._config.request_timeout)
         with ConnectionErrors(exchange, self.NAME):
             request = urllib.request.Request("%s/%s" % (self.base, path), data, fields)
             request.exchange = exchange
-            return self._opener.open(
-                request, timeout=max(0.001, min(left, self._config.request_timeout)))
+            return self._opener.open(request, timeout=max(0.001, left))
 
     def next_key(self, exchange: Exchange) -> str:
         session = exchange.session or getattr(exchange.translation, "history", History()).session
@@ -5080,14 +5068,11 @@ class Gemini(Upstream):
             body = {k: body[k] for k in ("contents", "systemInstruction", "tools") if k in body}
         else:
             body = {"generateContentRequest": dict(body, model="models/" + exchange.route.model)}
-        exchange.deadline = time.monotonic() + self.COUNT_SECONDS
+        exchange.end_within(self.COUNT_SECONDS)
         if not self._counting.acquire(timeout=self.COUNT_SECONDS):
             return None
         try:
-            with ConnectionErrors(exchange, self.NAME), contextlib.closing(
-                    self._post(exchange, body, "countTokens")) as response:
-                self._check(response, exchange)
-                counted = parse_upstream(response.read(100000))
+            counted = self._json(self._post(exchange, body, "countTokens"), exchange)
         except ProxyError as error:
             LOG.info("%s: no token count, an estimate instead: %s", exchange.model, error.message)
             return None
@@ -5335,9 +5320,9 @@ class Upstreams:
 
     def __init__(self, config: Config, only: Optional[Upstream] = None) -> None:
         bases = [config.base(name) for name in config.upstreams]
-        self._pool = ConnectionPool(any(base.startswith("https:") for base in bases))
+        self.pool = ConnectionPool(any(base.startswith("https:") for base in bases))
         opener = urllib.request.OpenerDirector()
-        for handler in (urllib.request.ProxyHandler(), self._pool):
+        for handler in (urllib.request.ProxyHandler(), self.pool):
             opener.add_handler(handler)
         self.members: Dict[str, Any] = {"gemini": only} if only else {}
         for name in config.upstreams if not only else ():
@@ -5369,13 +5354,6 @@ class Upstreams:
         """The keys by number, each with the seconds that it still cools down for a model."""
         return [dict(state, upstream=name) for name, member in self.members.items()
                 if member.key_list for state in member.keys.states()]
-
-    def close_expired(self) -> None:
-        """Close the connections that a server would close soon itself."""
-        self._pool.close_idle(self._pool.IDLE_SECONDS)
-
-    def close(self) -> None:
-        self._pool.close_idle()
 
 
 # ---- 14. Delivery (I/O) ---------------------------------------------------------------------
@@ -5670,7 +5648,7 @@ class ProxyServer(ThreadingHTTPServer):
 
     def tidy(self) -> None:
         """From the heartbeat's thread: close what is idle; after a load, give memory back."""
-        self.upstream.close_expired()
+        self.upstream.pool.close_idle(ConnectionPool.IDLE_SECONDS)
         self.histories.keep([], [])  # what is too old goes, also while nobody asks
         now, answered = time.monotonic(), self.traffic.totals["requests"]
         if answered != self._answered or self.heartbeat.exchanges():
@@ -5693,7 +5671,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.close_spare()
         LOG.removeFilter(self.secrets)
         self.heartbeat.stop()
-        self.upstream.close()
+        self.upstream.pool.close_idle()
 
 
 def trim_memory() -> None:
@@ -6151,7 +6129,7 @@ class ProxyHandler(HTTPHandler):
         check = Exchange(body, [route_to(config.safeguards_model, config)],
                          functools.partial(translated, body, config),
                          client_key=exchange.client_key)
-        check.deadline = time.monotonic() + config.safeguards_timeout
+        check.end_within(config.safeguards_timeout, "SAFEGUARDS_TIMEOUT")
         emitter = MessageEmitter(body["model"], new_id, lambda key, signature: None,
                                  check.translation)
         events, status, problem = emitter.start(), 200, ""

@@ -2534,6 +2534,7 @@ class Wire(unittest.TestCase):
     def answer(self, data):
         """-> (status, body, whether the connection was given back) of an upstream's bytes."""
         ours, theirs = socket.socketpair()
+        ours.settimeout(10)
         with theirs:
             theirs.sendall(data)
         given_back = []
@@ -4545,7 +4546,7 @@ class Connections(ProxyCase):
             else:
                 self.assertEqual(summary(check_grammar(events)), [("text", "%d is done" % n)])
         self.assertTrue(wait_for(lambda: len(r.server.connections) == 0))
-        r.server.upstream.close()
+        r.server.upstream.pool.close_idle()
         self.assertTrue(wait_for(lambda: threading.active_count() <= before + 1),
                         threading.enumerate())
 
@@ -5446,6 +5447,14 @@ class AutoMode(ProxyCase):
         found, _ = self.judged(["hang"], settings={"safeguards_timeout": 0.1})
         self.assertEqual(found["ls"], {"type": "unavailable", "reason": "timeout"})
 
+    def test_a_late_judge_is_told_by_the_name_of_its_own_setting(self):
+        with captured_log() as log:
+            self.judged(["hang"], settings={"safeguards_timeout": 0.1})
+            self.judged(["hang"], settings={"safeguards_timeout": 9, "request_timeout": 0.1})
+        late = re.findall(r"; (Gemini (?:did|was) .*?);", "\n".join(log))
+        self.assertEqual(late, ["Gemini did not answer within 0.1 s (SAFEGUARDS_TIMEOUT)",
+                                "Gemini was silent for too long (REQUEST_TIMEOUT)."])
+
     def test_a_late_judge_does_not_stop_the_pings(self):
         r = self.run_proxy(lambda body, model_, path: ["hang"] if "lite" in model_ else [
             chunk("I look."), chunk(BASH, finish="STOP")],
@@ -5669,7 +5678,7 @@ class Floods(ProxyCase):
         r = self.run_proxy(gemini_api_key="", client_keys=True)
         for n in range(6):
             r.ask(request(), x_api_key="AIzaKey%d" % n)
-        self.assertEqual(len(r.server.upstream._pool._idle), 3)
+        self.assertEqual(len(r.server.upstream.pool._idle), 3)
 
     def test_many_unknown_tools_are_one_note(self):
         tools = [{"name": "t%d" % n, "type": "x_2026"} for n in range(1000)]
