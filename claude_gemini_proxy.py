@@ -5422,25 +5422,15 @@ class EventStream:
             if self._held and not (is_last and self._emitter.answered):  # else another try follows
                 self._send(b"")
 
-    def flush(self) -> None:
-        """Send what is held: the end does not follow at once."""
+    def finish(self, failure: Optional[Json] = None) -> None:
+        """Send the last events, or a failure, which must not look like an end, and the end of the
+        body."""
+        self.close()
         with self._lock:
-            if self._held:
-                self._send(b"")
-
-    def finish(self) -> None:
-        """Send the last events and the end of the body; no ping can follow."""
-        with self._lock:
-            self._closed = True
-            self._send(frames_of(self._emitter.finish()), b"0\r\n\r\n")
-
-    def fail(self, error: ProxyError, request_id: str) -> None:
-        """Tell of a failure in the middle of the stream: it must not look like an end."""
-        with self._lock:
-            self._closed = True
-            self._send(sse_frame(error.body(request_id)), b"0\r\n\r\n")
+            self._send(frames_of([failure] if failure else self._emitter.finish()), b"0\r\n\r\n")
 
     def close(self) -> None:
+        """No ping can follow."""
         with self._lock:
             self._closed = True
 
@@ -5899,8 +5889,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def respond_json(self, value: Any) -> None:
         self.respond(200, dump_json(value))
 
-    def send_error(self, code: int, message: Optional[str] = None,
-                   explain: Optional[str] = None) -> None:
+    def send_error(self, code: int, message: Optional[str] = None) -> None:
         """What is wrong with a request line or header, here or in the base class."""
         self.request_id, self.headers, self.body_read = new_id("req_"), {}, False
         self.close_connection = True
@@ -5985,7 +5974,7 @@ class ProxyHandler(HTTPHandler):
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
-                self.stream.fail(error, self.request_id)
+                self.stream.finish(error.body(self.request_id))
             else:
                 self.respond(error.status, dump_json(error.body(self.request_id)), error.headers())
         except (ConnectionError, socket.timeout):
@@ -6091,8 +6080,7 @@ class ProxyHandler(HTTPHandler):
     def whole_answer(self, exchange: Exchange, emitter: MessageEmitter) -> Json:
         events: List[Json] = emitter.start()
         with self.server.heartbeat.watching(exchange, self.connection):
-            self.fill(exchange, emitter,
-                      lambda batch, is_last: events.extend(emitter.feed(batch)))
+            self.fill(exchange, emitter, lambda batch, is_last: events.extend(emitter.feed(batch)))
         return message_from_events(events + emitter.finish())
 
     def fill(self, exchange: Exchange, emitter: MessageEmitter,
@@ -6112,14 +6100,14 @@ class ProxyHandler(HTTPHandler):
                                   "that need a check are refused (with -p) or asked about")
         elif safeguard:
             if self.stream and calls:
-                self.stream.flush()
+                self.stream.feed([])  # what is held: the end does not follow at once
             emitter.safeguard_results = safeguard_results(self.judge(
                 exchange, safeguard.get("classifier_context"), calls))
 
     def judge(self, exchange: Exchange, context: Any, calls: Sequence[Json]) -> Json:
         """Ask SAFEGUARDS_MODEL once for all calls -> {tool_use id: verdict}. What is not clear is
         `unavailable`; the client does not run such a call unasked."""
-        server, config = self.server, self.server.config
+        config = self.server.config
         if not calls:
             return {}
         if len(short_json(list(calls), CALLS_LIMIT)) == CALLS_LIMIT:
@@ -6132,19 +6120,14 @@ class ProxyHandler(HTTPHandler):
         check.end_within(config.safeguards_timeout, "SAFEGUARDS_TIMEOUT")
         emitter = MessageEmitter(body["model"], new_id, lambda key, signature: None,
                                  check.translation)
-        events, status, problem = emitter.start(), 200, ""
+        messages: List[Json] = []
         try:
-            with server.heartbeat.watching(check, self.connection):
-                deliver(server.upstream, check, emitter,
-                        lambda batch, is_last: events.extend(emitter.feed(batch)))
-            found = judgement(message_from_events(events + emitter.finish()), calls)
+            self.answer(check, emitter, messages.append)
+            found = judgement(messages[0], calls)
         except ProxyError as error:
-            status, problem = error.status, error.message
-            if status == 499:
+            if error.status == 499:
                 raise
-            found = unavailable(calls, "timeout" if status == 504 else "error")
-        finally:
-            self.log_exchange(check, emitter, status, problem)
+            found = unavailable(calls, "timeout" if error.status == 504 else "error")
         outcomes = Counter(verdict.get("outcome", verdict["type"]) for verdict in found.values())
         LOG.info("%s auto mode: %s", self.request_id,
                  ", ".join("%d %s" % (n, outcome) for outcome, n in sorted(outcomes.items())))
@@ -6158,7 +6141,9 @@ class ProxyHandler(HTTPHandler):
         cost = fields["cost"]
         shown = ("$%.4f" % cost if cost is not None
                  else "no price" if emitter.usage or any(emitter.spent) else "no cost")
-        why = self.why(emitter, status, problem)
+        why = "; " + problem if problem else ""
+        if status != 200 and emitter.has_started:
+            why += "; after %d characters and %d calls" % (emitter.characters, emitter.calls)
         LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
                 "%(status)s %(requested)s -> %(model)s %(finish)s, tokens in %(input)s (cached "
                 "%(cached)s) out %(output)s (thoughts %(thought)s), %(cost)s, first %(first_ms)s "
@@ -6178,13 +6163,6 @@ class ProxyHandler(HTTPHandler):
         counts += [("tokens_total", usage[name], (("kind", kind), model))
                    for name, kind in TOKEN_KINDS if name in usage]
         server.metrics.add(*counts)
-
-    def why(self, emitter: MessageEmitter, status: int, problem: str) -> str:
-        """For the log: what went wrong, and what the client had got by then."""
-        why = "; " + problem if problem else ""
-        if status != 200 and emitter.has_started:
-            why += "; after %d characters and %d calls" % (emitter.characters, emitter.calls)
-        return why
 
     def log_fields(self, exchange: Exchange, emitter: MessageEmitter, status: int,
                    usage: Counts) -> Json:
@@ -6234,8 +6212,7 @@ class ProxyHandler(HTTPHandler):
         requested = server.secrets.hide(requested[:100])
         LOG.info("%d %s -> %s, passed through, total %d ms; %s", response.status, requested,
                  route.name, total, self.request_id)
-        server.traffic.add({"status": response.status, "requested": requested,
-                            "total_ms": total})
+        server.traffic.add({"status": response.status, "requested": requested, "total_ms": total})
         return True
 
     def relay(self, response: Response) -> None:

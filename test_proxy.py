@@ -2887,8 +2887,8 @@ class EventStreams(unittest.TestCase):
         self.assertEqual(self.written[1:], [proxy.PING] * 2)
 
     def test_nothing_follows_the_end_of_a_stream(self):
-        error = proxy.ProxyError(529, "Busy.")
-        for end in (lambda stream: stream.finish(), lambda stream: stream.fail(error, "req_1"),
+        failure = proxy.ProxyError(529, "Busy.").body("req_1")
+        for end in (lambda stream: stream.finish(), lambda stream: stream.finish(failure),
                     lambda stream: stream.close()):
             stream = self.stream()
             stream.feed([chunk("a")])
@@ -2918,7 +2918,7 @@ class EventStreams(unittest.TestCase):
     def test_a_failure_after_the_first_event_is_an_error_event_and_no_end(self):
         stream = self.stream()
         stream.feed([chunk("a")])
-        stream.fail(proxy.ProxyError(529, "Busy."), "req_1")
+        stream.finish(proxy.ProxyError(529, "Busy.").body("req_1"))
         self.assertEqual(self.types(), self.STARTED + ["error"])
         self.assertEqual(self.events()[-1], {
             "type": "error", "error": {"type": "overloaded_error", "message": "Busy."},
