@@ -4736,8 +4736,7 @@ class Upstream:
     a 400 asks to change (`repairs`, `remember`) and which models there are (`list_models`).
     """
 
-    NAME, KEY_SETTING = "Gemini", "GEMINI_API_KEY"
-    TAKES_CLIENT_KEYS = False
+    NAME = "Gemini"
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
     NO_STREAM_SECONDS = 300.0  # how long a missing stream endpoint is remembered
     BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
@@ -4748,12 +4747,13 @@ class Upstream:
     LAST_SECONDS = 5.0       # for what may follow a finishReason
     LONGEST_WAIT = 5.0       # a longer retry delay is the client's to wait: it needs to see the 429
 
-    def __init__(self, config: Config, opener: Any, base: str, keys: Sequence[str]) -> None:
-        self.base, self.key_list = base, tuple(keys)
+    def __init__(self, name: str, config: Config, opener: Any) -> None:
+        self.base, self._key_setting = config.base(name), name.upper() + "_API_KEY"
+        self.key_list = parse_names(getattr(config, name + "_api_key"))
         self.keys = KeyRing(self.key_list or ("",))
         self._config, self._opener = config, opener
         self._lock = threading.Lock()  # protects all below, for writing
-        self._models: Optional[Mapping[str, Json]] = None
+        self._models: Mapping[str, Json] = {}
         self._models_until = 0.0
         self._streaming_disabled_until = 0.0
         self._broken_streams = 0
@@ -4854,7 +4854,7 @@ class Upstream:
 
     def rotate_key(self, error: ProxyError, exchange: Exchange) -> bool:
         """Let a key that was refused or is at its limit cool down; whether another one is ready."""
-        if error.status not in (402, 403, 429) or (exchange.client_key and self.TAKES_CLIENT_KEYS):
+        if error.status not in (402, 403, 429):
             return False
         lasting = error.should_retry is False
         seconds = 3600.0 if lasting else min(max(1.0, error.retry_after or 10.0), 3600.0)
@@ -4934,14 +4934,9 @@ class Upstream:
         if response.status == 401:
             with self._lock:  # another request may have made a new one meanwhile
                 self._token = "" if self._token == exchange.token else self._token
-        raise self._response_error(response, exchange)  # no variable: it would hold this frame
-
-    def _response_error(self, response: Response, exchange: Exchange) -> ProxyError:
-        error = self._error(response.status, response.read(100000), exchange)
         wait = response.fields.get("retry-after", "")
-        if error.status == 429 and error.should_retry is None and wait.isdecimal():
-            error.retry_after = float(wait[:9])
-        return error
+        # no variable for the error: it would hold this frame
+        raise self._error(response.status, response.read(100000), exchange, wait)
 
     def _checked(self, chunks: List[Any], exchange: Exchange) -> List[Json]:
         """The chunks, unless one is or holds an error object, as they come in a 200, too."""
@@ -4958,19 +4953,22 @@ class Upstream:
                 raise self._error(500, {"error": "it stopped with an error"}, exchange)
         return chunks
 
-    def _error(self, status: int, raw: Any, exchange: Exchange) -> ProxyError:
+    def _error(self, status: int, raw: Any, exchange: Exchange, wait: str = "") -> ProxyError:
         keys = self.key_list + (exchange.client_key, exchange.token)
-        return upstream_error(status, raw, exchange.model, keys, self.NAME, self.KEY_SETTING)
+        error = upstream_error(status, raw, exchange.model, keys, self.NAME, self._key_setting)
+        if error.status == 429 and error.should_retry is None and wait.isdecimal():
+            error.retry_after = float(wait[:9])
+        return error
 
-    def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
-        """list_models, remembered for 10 minutes; None if upstream does not say."""
+    def models(self, client_key: str = "") -> Mapping[str, Json]:
+        """list_models, remembered for 10 minutes; none if upstream does not say."""
         if time.monotonic() < self._models_until and not client_key:
             return self._models
         try:
-            found = self.list_models(client_key) or None
+            found = self.list_models(client_key)
         except ProxyError as error:
             LOG.info("no list of models from upstream: %s", error.message)
-            found = None
+            found = {}
         if not client_key:
             with self._lock:
                 self._models = found
@@ -5019,12 +5017,12 @@ _NO_JSON_SCHEMA = re.compile(
 class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
-    TAKES_CLIENT_KEYS = True
     LIST_PAGES = 5          # of 1,000 models, the largest that there are
     COMMAND_SECONDS = 30.0  # for GEMINI_TOKEN_COMMAND
+    repairs = staticmethod(gemini_repairs)
 
-    def __init__(self, config: Config, opener: Any) -> None:
-        super().__init__(config, opener, config.base("gemini"), config.keys)
+    def __init__(self, name: str, config: Config, opener: Any) -> None:
+        super().__init__(name, config, opener)
         self._counting = threading.BoundedSemaphore(4)
         self._token_lock = threading.Lock()  # held while the command runs: it runs once for all
         self._command_failed: Tuple[float, Any] = (0.0, None)
@@ -5038,9 +5036,6 @@ class Gemini(Upstream):
         while self._refused_levels.get((exchange.model, thinking_level(body))):
             body = with_other_level(body)
         return body
-
-    def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
-        return gemini_repairs(body, message)
 
     def remember(self, exchange: Exchange) -> None:
         if any(_NO_JSON_SCHEMA.search(message) for message in exchange.repaired.values()):
@@ -5118,10 +5113,9 @@ class Gemini(Upstream):
     def rotate_key(self, error: ProxyError, exchange: Exchange) -> bool:
         """With GEMINI_TOKEN_COMMAND a 401 has dropped the token: the next try makes a new one."""
         if not self._config.gemini_token_command:
-            return super().rotate_key(error, exchange)
+            return not exchange.client_key and super().rotate_key(error, exchange)
         exchange.key_changes += 1
-        return (error.status == 403 and self._token != exchange.token
-                and exchange.key_changes == 1)
+        return error.status == 403 and self._token != exchange.token and exchange.key_changes == 1
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         if self._config.gemini_token_command:
@@ -5194,13 +5188,11 @@ class OpenAI(Upstream):
     """OpenRouter, or another server that speaks OpenAI's chat completions."""
 
     NAMES_ITS_END = True
+    repairs = staticmethod(openai_repairs)
 
     def __init__(self, name: str, config: Config, opener: Any) -> None:
-        router = name == "openrouter"
-        keys = config.openrouter_api_key if router else config.openai_api_key
-        super().__init__(config, opener, config.base(name), parse_names(keys))
-        self.NAME = "OpenRouter" if router else "The server"
-        self.KEY_SETTING = "OPENROUTER_API_KEY" if router else "OPENAI_API_KEY"
+        super().__init__(name, config, opener)
+        self.NAME = "OpenRouter" if name == "openrouter" else "The server"
         self._dialect = openai_dialect(name, config)
         self._refused = LRUCache(1000)  # (model, field[, hash of a value]) -> what it refused
 
@@ -5208,21 +5200,18 @@ class OpenAI(Upstream):
         """Without what the model has refused before. A model that the upstream does not list is
         refused here, with similar names."""
         body = exchange.translation.body
-        listed = self.models() or {}
+        listed = self.models()
         model = body["model"]
-        if model == "default" and listed:
-            model = next(iter(listed))
-        elif listed and not self._offers(model, listed):
+        if not self._offers(model, listed):
             near = difflib.get_close_matches(model, list(listed)[:1000], 3, 0.4)
             raise ProxyError(404, "model: %s is not offered%s" % (
                 exchange.model, "; there are %s" % ", ".join(near) if near else ""))
+        if model == "default":
+            model = next(iter(listed), model)
         body = dict(body, model=model)
         if exchange.stream:
             body["stream_options"] = {"include_usage": True}
         return self._without_refused(body)
-
-    def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
-        return openai_repairs(body, message)
 
     def remember(self, exchange: Exchange) -> None:
         """What was refused is not sent again with this value, now that the rest was taken. Media
@@ -5238,14 +5227,14 @@ class OpenAI(Upstream):
                 self._refused.put((model, "most"), int(most.group(1)))
 
     def prove_model(self, model: str) -> None:
-        listed = self.models() or {}
-        if listed and model != "default" and not self._offers(model, listed):
+        if not self._offers(model, self.models()):
             raise ProxyError(404, "the server does not list the model")
 
     def _offers(self, model: str, listed: Iterable[str]) -> bool:
         """Whether a model is listed, also with a tag (`:free`, `:latest`) on either side.
         OpenRouter's aliases (`~`) are not, and small servers answer to any plain name."""
-        if model[:1] == "~" or ("/" not in model and self._dialect != "openrouter"):
+        is_plain = "/" not in model and self._dialect != "openrouter"
+        if not listed or model == "default" or model[:1] == "~" or is_plain:
             return True
         bare = model.partition(":")[0]
         return any(model == id_ or model == id_.partition(":")[0] or bare == id_ for id_ in listed)
@@ -5290,7 +5279,7 @@ class OpenAI(Upstream):
 class Anthropic(Upstream):
     """Anthropic itself: nothing is translated, requests and answers pass as they are."""
 
-    NAME, KEY_SETTING = "Anthropic", "ANTHROPIC_API_KEY"
+    NAME = "Anthropic"
     KEPT = ("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "user-agent",
             "anthropic-dangerous-direct-browser-access")
 
@@ -5324,15 +5313,9 @@ class Upstreams:
         opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler(), self.pool):
             opener.add_handler(handler)
-        self.members: Dict[str, Any] = {"gemini": only} if only else {}
-        for name in config.upstreams if not only else ():
-            if name == "gemini":
-                self.members[name] = Gemini(config, opener)
-            elif name == "anthropic":
-                self.members[name] = Anthropic(config, opener, ANTHROPIC_BASE,
-                                               parse_names(config.anthropic_api_key))
-            else:
-                self.members[name] = OpenAI(name, config, opener)
+        kinds: Mapping[str, Any] = {"gemini": Gemini, "anthropic": Anthropic}
+        self.members: Dict[str, Any] = {"gemini": only} if only else {
+            name: kinds.get(name, OpenAI)(name, config, opener) for name in config.upstreams}
 
     def of(self, route: Route) -> Any:
         """The upstream of a route."""
@@ -5341,14 +5324,14 @@ class Upstreams:
                              % (route.name, route.upstream))
         return self.members[route.upstream]
 
-    def models(self, client_key: str = "") -> Optional[Mapping[str, Json]]:
-        """All models by full name, Gemini's first; None if no upstream says."""
+    def models(self, client_key: str = "") -> Mapping[str, Json]:
+        """All models by full name, Gemini's first."""
         found: Dict[str, Json] = {}
         for name, member in self.members.items():
-            listed = member.models(client_key if name == "gemini" else "") or {}
+            listed = member.models(client_key if name == "gemini" else "")
             prefix = "" if name == "gemini" else name + "/"
             found.update((prefix + id_, model) for id_, model in listed.items())
-        return found or None
+        return found
 
     def key_states(self) -> List[Json]:
         """The keys by number, each with the seconds that it still cools down for a model."""
@@ -6379,9 +6362,9 @@ def model_entry(id_: str, model: Json) -> Json:
 TIER_NAMES = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
 
 
-def model_list(models: Optional[Mapping[str, Json]], answers: Mapping[str, str]) -> List[Json]:
+def model_list(models: Mapping[str, Json], answers: Mapping[str, str]) -> List[Json]:
     """The tiers, then every model twice: by its id, and as claude-<id>, which Claude Code's /model
-    shows. `models` is what the key can use (id -> Gemini's description); without it, a fixed list.
+    shows. `models` is what the key can use (id -> Gemini's description); if empty, a fixed list.
     `answers` says which model answers for a tier's name."""
     known = {id_: {"displayName": name, "created": created} for id_, name, created in LISTED_MODELS}
     tiers = [model_entry(id_, {"displayName": answers[id_]}) for id_ in TIER_NAMES]
@@ -6611,7 +6594,8 @@ class DemoModel(Upstream):
     signs its calls, and refuses a history in which a signature has not come back on its call."""
 
     def __init__(self) -> None:
-        super().__init__(Config(), None, "", ())
+        super().__init__("gemini", Config(), None)
+        self.base = ""
 
     def attempt(self, exchange: Exchange) -> Iterator[Batch]:
         body = exchange.translation.body
@@ -6910,7 +6894,7 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     complain(run_line(server, is_claude_code(command)))
     name = resolve_model("claude-opus", server.config).name
     values = client_environment(server.url, server.config.proxy_auth_token, os.environ, name,
-                                (server.upstream.models() or {}).get(name, {}))
+                                server.upstream.models().get(name, {}))
     environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
     if is_claude_code(command):
         # else settings files (env.ANTHROPIC_BASE_URL) would send it elsewhere; measured 2026-11-24
