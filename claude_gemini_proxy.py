@@ -3672,9 +3672,10 @@ def _objects(raw: bytes) -> List[Json]:
 #
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
-#   SignatureCache, KeyRing, Metrics,   process        every handler      one each, for dictionaries
-#   Traffic, TokenCounts, LRUCache                                         (Traffic holds one more)
-#   Upstream, ConnectionPool            process        every handler      one each, not held in I/O
+#   LRUCache, KeyRing, Metrics,         process        every handler      one each, for dictionaries
+#   Traffic, TokenCounts, Connections
+#   Upstream                            process        every handler      none: values are replaced
+#   ConnectionPool                      process        every handler      one, not held in I/O
 #   Heartbeat                           process        handlers, pings    one, for what it watches
 #   Exchange                            one request    handler, pings     one, for its connection
 #   EventStream, its MessageEmitter     one answer     handler, pings     one, held while writing
@@ -4739,8 +4740,6 @@ class Upstream:
     NAME = "Gemini"
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
     NO_STREAM_SECONDS = 300.0  # how long a missing stream endpoint is remembered
-    BROKEN_STREAMS = 3       # so many in a row, and whole answers are asked for
-    BROKEN_SECONDS = 60.0    # for this long
     BACKOFF_SECONDS = 0.5    # of the first wait, at most; it doubles, up to 16 times this
     TOTAL_SECONDS = 120.0    # no new try is begun after this
     COUNT_SECONDS = 2.0      # for a token count, or a list of models
@@ -4752,11 +4751,10 @@ class Upstream:
         self.key_list = parse_names(getattr(config, name + "_api_key"))
         self.keys = KeyRing(self.key_list or ("",))
         self._config, self._opener = config, opener
-        self._lock = threading.Lock()  # protects all below, for writing
+        # Without a lock: each is replaced whole, and at worst something is asked for once more.
         self._models: Mapping[str, Json] = {}
         self._models_until = 0.0
         self._streaming_disabled_until = 0.0
-        self._broken_streams = 0
         self._token = ""
 
     def ask(self, exchange: Exchange, stream: bool) -> Response:
@@ -4876,7 +4874,7 @@ class Upstream:
                 if "model" in said.partition("not found")[0] and "not found" in said:
                     raise self._error(404, refusal, exchange)
                 yield from self._request(exchange, False)
-                self._disable_streaming(self.NO_STREAM_SECONDS, "the upstream does not stream")
+                self._disable_streaming()
                 return
             self._check(response, exchange)
             if stream and "event-stream" in response.content_type:
@@ -4886,7 +4884,7 @@ class Upstream:
             value = value if isinstance(value, list) and stream else [value]
             yield read(self._checked(value, exchange)) + read(None), True
             if stream:
-                self._disable_streaming(self.NO_STREAM_SECONDS, "the upstream does not stream")
+                self._disable_streaming()
 
     def _streamed(self, response: Response, exchange: Exchange,
                   read: Callable[[Optional[List[Json]]], List[Json]]) -> Iterator[Batch]:
@@ -4905,35 +4903,23 @@ class Upstream:
                 raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
             if isinstance(exc, (ValueError, RecursionError)) or not response.has_deadline:
-                self._note_broken_stream(exchange)
                 raise
         yield read(None), True
-        self._broken_streams = 0
 
     def streaming_unsupported(self, status: int) -> bool:
         """Whether this answer to a request for a stream may mean that there are none."""
         return False
 
-    def _note_broken_stream(self, exchange: Exchange) -> None:
-        with self._lock:
-            self._broken_streams += not exchange.disconnected.is_set()
-            too_many = self._broken_streams >= self.BROKEN_STREAMS
-        if too_many:
-            self._broken_streams = 0
-            self._disable_streaming(self.BROKEN_SECONDS,
-                                "%d streams broke in a row" % self.BROKEN_STREAMS)
-
-    def _disable_streaming(self, seconds: float, reason: str) -> None:
-        LOG.warning("%s: no streaming for the next %d s", reason, seconds)
-        with self._lock:
-            self._streaming_disabled_until = time.monotonic() + seconds
+    def _disable_streaming(self) -> None:
+        LOG.warning("the upstream does not stream: no streaming for the next %d s",
+                    self.NO_STREAM_SECONDS)
+        self._streaming_disabled_until = time.monotonic() + self.NO_STREAM_SECONDS
 
     def _check(self, response: Response, exchange: Exchange) -> None:
         if 200 <= response.status < 300:
             return
-        if response.status == 401:
-            with self._lock:  # another request may have made a new one meanwhile
-                self._token = "" if self._token == exchange.token else self._token
+        if response.status == 401 and self._token == exchange.token:  # else there is a new one
+            self._token = ""
         wait = response.fields.get("retry-after", "")
         # no variable for the error: it would hold this frame
         raise self._error(response.status, response.read(100000), exchange, wait)
@@ -4970,9 +4956,7 @@ class Upstream:
             LOG.info("no list of models from upstream: %s", error.message)
             found = {}
         if not client_key:
-            with self._lock:
-                self._models = found
-                self._models_until = time.monotonic() + (600 if found else 30)
+            self._models, self._models_until = found, time.monotonic() + (600 if found else 30)
         return found
 
     def get_json(self, path: str, client_key: str = "",
@@ -5134,9 +5118,10 @@ class Gemini(Upstream):
         try:
             if self._command_failed[0] > began:  # while this one waited
                 raise self._command_failed[1].copy()
-            if not self._token:
-                self._token = self._run_command(exchange)
-            return self._token
+            token = self._token  # a 401 may drop it at any moment
+            if not token:
+                token = self._token = self._run_command(exchange)
+            return token
         finally:
             self._token_lock.release()
 
