@@ -3906,10 +3906,8 @@ class KeyRing:
         with self._lock:
             now = self._clock()
             self._refused[number] = refused
-            if len(self._cooling) >= self.LIMIT:  # clients choose the names of models
-                self._cooling = {place: until for place, until in self._cooling.items()
-                                 if until > now}
-            if len(self._cooling) < self.LIMIT:
+            self._cooling = {place: until for place, until in self._cooling.items() if until > now}
+            if len(self._cooling) < self.LIMIT:  # clients choose the names of models
                 self._cooling[number, model] = now + seconds
             return any(self._cooling.get((n, model), 0) <= now for n in range(len(self._keys)))
 
@@ -3966,9 +3964,10 @@ class Connections:
     ask, or wait for their next request, the oldest first."""
 
     WAITING, ADMITTED, IN_PROGRESS, OVER_LIMIT = "waiting", "admitted", "in progress", "over limit"
+    MOST_OVER_LIMIT = 64  # connections beyond the limit that are still answered, with a 529
 
-    def __init__(self, limit: int, hard_limit: int) -> None:
-        self._limit, self._hard_limit = limit, hard_limit
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._lock = threading.Lock()  # protects the map
         self._states: "OrderedDict[Any, str]" = OrderedDict()
 
@@ -3979,7 +3978,7 @@ class Connections:
         """Take in a connection; False if there is no room, not even to say so."""
         with self._lock:
             states = list(self._states.values())
-            if len(states) >= self._hard_limit:
+            if len(states) >= self._limit + self.MOST_OVER_LIMIT:
                 return False
             self._states[connection] = self.WAITING
             if len(states) - states.count(self.OVER_LIMIT) >= self._limit:
@@ -4305,10 +4304,8 @@ class DeadlineReader(io.RawIOBase):
 
 
 def read_head(file: Any) -> List[bytes]:
-    """The lines of an HTTP head, without the empty one at its end.
-
-    Raises ValueError if it is longer than HEAD_LIMIT or ends too early.
-    """
+    """The lines of an HTTP head, without the empty one at its end. Raises ValueError for a head
+    that is longer than HEAD_LIMIT or ends too early."""
     lines, left = [], HEAD_LIMIT
     while left > 0 and len(lines) <= HEAD_LINES:
         line = file.readline(left)
@@ -4506,7 +4503,6 @@ class Response:
         version, self.status, fields = self._read_head()
         self._reader.allow(exchange.deadline - time.monotonic())
         self.fields = fields
-        self.content_type = fields.get("content-type", "").lower()
         self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
         length = fields.get("content-length", "").partition(",")[0]
         counted = not self._chunked and re.match(r"[0-9]{1,15}$", length)
@@ -4541,8 +4537,7 @@ class Response:
         self._reader.allow(seconds)
 
     def pieces(self) -> Iterator[bytes]:
-        """The body as it comes. Raises HTTPException if it ends too early, ProxyError if it is too
-        large."""
+        """The body as it comes. HTTPException if it ends early, ProxyError if it is too large."""
         decoder = ChunkedDecoder() if self._chunked else None
         total = 0
         while not self.at_end and self._left:
@@ -4582,10 +4577,8 @@ class Response:
 
 
 class ConnectionPool(urllib.request.HTTPSHandler):
-    """Keeps http.client connections beneath urllib.request, which knows the company's proxies.
-
-    An idle connection is dropped before the server would (nginx: 60 s and more).
-    """
+    """Keeps http.client connections beneath urllib.request, which knows the company's proxies. An
+    idle connection is dropped before the server would (nginx: 60 s and more)."""
 
     IDLE_SECONDS, IDLE_LIMIT = 50.0, 64  # the limit is for all places together
 
@@ -4658,10 +4651,10 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         """Close connections that have been idle for so long."""
         oldest = time.monotonic() - seconds
         with self._lock:
-            expired = [each for each, idle in self._idle.items() if idle[1] <= oldest]
-            for connection in expired:
-                del self._idle[connection]
-                connection.close()
+            for connection, (_, since) in list(self._idle.items()):
+                if since <= oldest:
+                    del self._idle[connection]
+                    connection.close()
 
 
 def http_request(method: str, selector: str, headers: Mapping[str, str],
@@ -4739,7 +4732,8 @@ class Upstream:
 
     NAME = "Gemini"
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
-    NO_STREAM_SECONDS = 300.0  # how long a missing stream endpoint is remembered
+    NO_STREAM_STATUSES: Sequence[int] = ()  # may mean that there is no stream endpoint
+    NO_STREAM_SECONDS = 300.0  # how long that is remembered
     BACKOFF_SECONDS = 0.5    # of the first wait, at most; it doubles, up to 16 times this
     TOTAL_SECONDS = 120.0    # no new try is begun after this
     COUNT_SECONDS = 2.0      # for a token count, or a list of models
@@ -4758,7 +4752,6 @@ class Upstream:
         self._token = ""
 
     def ask(self, exchange: Exchange, stream: bool) -> Response:
-        """Send the request."""
         raise NotImplementedError
 
     def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
@@ -4766,7 +4759,6 @@ class Upstream:
         return lambda objects: objects or []
 
     def first_body(self, exchange: Exchange) -> Json:
-        """The body to begin with."""
         return exchange.translation.body
 
     def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
@@ -4785,8 +4777,7 @@ class Upstream:
         return None
 
     def prove(self) -> None:
-        """Reach the upstream with its key; a gateway may have no list of models. Raises
-        ProxyError."""
+        """Raise ProxyError unless the key works; a gateway may have no list of models."""
         try:
             self.list_models()
         except ProxyError as error:
@@ -4868,7 +4859,7 @@ class Upstream:
         """One request -> batches of its answer, or ProxyError."""
         response, read = self.ask(exchange, stream), self.reader()
         with ConnectionErrors(exchange, self.NAME), contextlib.closing(response):
-            if stream and self.streaming_unsupported(response.status):
+            if stream and response.status in self.NO_STREAM_STATUSES:
                 refusal = response.read(100000)  # asking for the whole answer tells what is missing
                 said = str(google_error(refusal).get("message")).lower()
                 if "model" in said.partition("not found")[0] and "not found" in said:
@@ -4877,7 +4868,7 @@ class Upstream:
                 self._disable_streaming()
                 return
             self._check(response, exchange)
-            if stream and "event-stream" in response.content_type:
+            if stream and "event-stream" in response.fields.get("content-type", "").lower():
                 yield from self._streamed(response, exchange, read)
                 return
             value = parse_upstream(response.read())
@@ -4905,10 +4896,6 @@ class Upstream:
             if isinstance(exc, (ValueError, RecursionError)) or not response.has_deadline:
                 raise
         yield read(None), True
-
-    def streaming_unsupported(self, status: int) -> bool:
-        """Whether this answer to a request for a stream may mean that there are none."""
-        return False
 
     def _disable_streaming(self) -> None:
         LOG.warning("the upstream does not stream: no streaming for the next %d s",
@@ -5001,6 +4988,7 @@ _NO_JSON_SCHEMA = re.compile(
 class Gemini(Upstream):
     """The Gemini API, also on Vertex AI or behind a gateway."""
 
+    NO_STREAM_STATUSES = (404, 405, 501)
     LIST_PAGES = 5          # of 1,000 models, the largest that there are
     COMMAND_SECONDS = 30.0  # for GEMINI_TOKEN_COMMAND
     repairs = staticmethod(gemini_repairs)
@@ -5031,9 +5019,6 @@ class Gemini(Upstream):
     def ask(self, exchange: Exchange, stream: bool) -> Response:
         return self._post(exchange, exchange.body,
                           "streamGenerateContent?alt=sse" if stream else "generateContent")
-
-    def streaming_unsupported(self, status: int) -> bool:
-        return status in (404, 405, 501)
 
     def count(self, exchange: Exchange) -> Optional[int]:
         """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
@@ -5110,8 +5095,7 @@ class Gemini(Upstream):
         return {"x-goog-api-key": self.next_key(exchange)}
 
     def _command_token(self, exchange: Exchange) -> str:
-        """The token, from one run of the command for all who wait; each waits as long as its client
-        does."""
+        """The token, from one run for all who wait; each waits as long as its client does."""
         began = time.monotonic()
         while not self._token_lock.acquire(timeout=0.5):
             exchange.check_client()
@@ -5225,7 +5209,6 @@ class OpenAI(Upstream):
         return any(model == id_ or model == id_.partition(":")[0] or bare == id_ for id_ in listed)
 
     def _without_refused(self, body: Json) -> Json:
-        """A body without what its model has refused before."""
         model = body["model"]
         for name in LIMITS + OPTIONAL_FIELDS:
             if name in body and (self._refused.get((model, name)) or self._refused.get(
@@ -5303,7 +5286,6 @@ class Upstreams:
             name: kinds.get(name, OpenAI)(name, config, opener) for name in config.upstreams}
 
     def of(self, route: Route) -> Any:
-        """The upstream of a route."""
         if route.upstream not in self.members:
             raise ProxyError(404, "model: %s needs an upstream that is not configured (%s)"
                              % (route.name, route.upstream))
@@ -5391,8 +5373,7 @@ class EventStream:
                 self._send(b"")
 
     def finish(self, failure: Optional[Json] = None) -> None:
-        """Send the last events, or a failure, which must not look like an end, and the end of the
-        body."""
+        """Send the last events, or a failure, which must not look like an end."""
         self.close()
         with self._lock:
             self._send(frames_of([failure] if failure else self._emitter.finish()), b"0\r\n\r\n")
@@ -5458,7 +5439,6 @@ class Heartbeat:
                 stream.close()
 
     def exchanges(self) -> List[Exchange]:
-        """Those in progress."""
         with self._lock:
             return list(self._watched)
 
@@ -5519,7 +5499,6 @@ class ProxyServer(ThreadingHTTPServer):
     allow_reuse_address = os.name != "nt"  # there it would let two servers share a port
     request_queue_size = 512
     QUIET_SECONDS = 3.0
-    OVER_LIMIT = 64  # connections beyond MAX_CONNECTIONS that are still answered, with a 529
 
     def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
@@ -5535,8 +5514,7 @@ class ProxyServer(ThreadingHTTPServer):
         self.traffic = Traffic()
         self.upstream = Upstreams(config, upstream)
         self.heartbeat = Heartbeat(min(1.0, config.ping_interval / 2), self.tidy)
-        self.connections = Connections(config.max_connections, config.max_connections
-                                       + self.OVER_LIMIT)
+        self.connections = Connections(config.max_connections)
         self.started = time.time()
         self.draining = False
         self.warned: set = set()
@@ -5656,10 +5634,8 @@ _REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~\x80-\xff]*) (HTTP/1\.[0-9])")
 
 
 class HTTPHandler(BaseHTTPRequestHandler):
-    """One client connection: reads requests, refuses bad ones, writes responses.
-
-    Stricter than the base class about what two readers could take in two ways, and quicker.
-    """
+    """One client connection: reads requests, refuses bad ones, writes responses. Stricter than the
+    base class about what two readers could take in two ways, and quicker."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -5691,10 +5667,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.reader.allow(self.head_seconds)
         super().handle_one_request()
         self.stream, self.headers = None, {}  # an idle connection holds nothing of its request
-        self.mark(Connections.WAITING)
-
-    def mark(self, state: str) -> None:
-        self.server.connections.mark(self.connection, state)
+        self.server.connections.mark(self.connection, Connections.WAITING)
 
     def parse_request(self) -> bool:
         self.request_id = new_id("req_")
@@ -5891,7 +5864,7 @@ class ProxyHandler(HTTPHandler):
                 return
             if path not in OPEN_PATHS:
                 self.authorize()
-                self.mark(Connections.ADMITTED)
+                self.server.connections.mark(self.connection, Connections.ADMITTED)
                 self.admitted = self.command == "POST"
             if methods is None:
                 raise ProxyError(
@@ -5911,10 +5884,6 @@ class ProxyHandler(HTTPHandler):
             self.respond_error(ProxyError(500, "Internal error in the proxy; see its log (%s)."
                                           % self.request_id))
 
-    def subject(self) -> str:
-        """What was asked for: the model, or the address."""
-        return (self.requested or getattr(self, "path", "-").partition("?")[0])[:100]
-
     def normal_path(self) -> str:
         """The address without its query. Clients of the AI SDK put /messages behind the base URL as
         it is, and others /v1/messages behind one that ends in /v1."""
@@ -5931,14 +5900,15 @@ class ProxyHandler(HTTPHandler):
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
+        subject = (self.requested or self.path.partition("?")[0])[:100]
         if not self.logged:
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%d %s %s: %s; %s",
-                    error.status, self.command, self.subject(), error.message, self.request_id)
+                    error.status, self.command, subject, error.message, self.request_id)
         if self.admitted and not self.logged:  # strangers could crowd out the others
             hide = self.server.secrets.hide
             shown = "" if self.server.config.client_keys else error.message
             self.server.traffic.add({"status": error.status, "error": hide(shown)[:300],
-                                     "requested": hide(self.subject())})
+                                     "requested": hide(subject)})
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
@@ -5949,9 +5919,8 @@ class ProxyHandler(HTTPHandler):
             self.close_connection = True
 
     def handle_messages(self, path: str) -> None:
-        """POST /v1/messages"""
         server, body = self.server, self.read_body()
-        self.mark(Connections.IN_PROGRESS)
+        server.connections.mark(self.connection, Connections.IN_PROGRESS)
         request, read = server.histories.open(body, self.client_key)  # or: tools.parse, no read
         named = request.get("model") if isinstance(request, dict) else None
         self.requested = named[:100] if isinstance(named, str) else ""
@@ -6201,9 +6170,7 @@ class ProxyHandler(HTTPHandler):
 
     def handle_count_tokens(self, path: str) -> None:
         """POST /v1/messages/count_tokens: Gemini's own count, or an estimate if that takes long.
-
-        Clients send dozens at once, most of them again and again.
-        """
+        Clients send dozens at once, most of them again and again."""
         server, body = self.server, self.read_body()
         request = server.tools.parse(body)
         if self.forward_to_anthropic(request, body):
@@ -6228,9 +6195,8 @@ class ProxyHandler(HTTPHandler):
     def handle_models(self, path: str) -> None:
         """GET /v1/models: all models in one page"""
         listed = self.listed_models()
-        ids = [model["id"] for model in listed]
-        self.respond_json({"data": listed, "first_id": ids[0], "last_id": ids[-1],
-                           "has_more": False})
+        self.respond_json({"data": listed, "first_id": listed[0]["id"],
+                           "last_id": listed[-1]["id"], "has_more": False})
 
     def listed_models(self) -> List[Json]:
         answers = {name: resolve_model(name, self.server.config).name for name in TIER_NAMES}
@@ -6239,11 +6205,10 @@ class ProxyHandler(HTTPHandler):
     def handle_model(self, path: str) -> None:
         """GET /v1/models/{id}: a listed model, or a name of Claude's, which is always answered"""
         wanted = path[len("/v1/models/"):]
-        listed = self.listed_models()
-        found = [model for model in listed if model["id"] == wanted]
+        found = next((model for model in self.listed_models() if model["id"] == wanted), None)
         if not found and ("gemini" in wanted or not _CLAUDE_NAME.search(wanted)):
             raise ProxyError(404, "model: %s" % wanted[:200])
-        self.respond_json(found[0] if found else model_entry(wanted, {"displayName": wanted}))
+        self.respond_json(found or model_entry(wanted, {"displayName": wanted}))
 
     def handle_health(self, path: str) -> None:
         self.respond_json({"status": "ok", "version": __version__})
@@ -6300,14 +6265,10 @@ class ProxyHandler(HTTPHandler):
         self.check_budget(exchange)
         emitter = MessageEmitter(exchange.model, new_id, lambda key, signature: None,
                                  exchange.translation, estimate)
-
-        def respond(message: Json) -> None:
-            texts = [block.get("text", "") for block in message["content"]]
-            total = round((time.monotonic() - exchange.started) * 1000)
-            self.respond_json({"status": "ok", "model": exchange.model, "milliseconds": total,
-                               "answer": "".join(texts)[:100]})
-
-        self.answer(exchange, emitter, respond)
+        self.answer(exchange, emitter, lambda message: self.respond_json({
+            "status": "ok", "model": exchange.model,
+            "milliseconds": round((time.monotonic() - exchange.started) * 1000),
+            "answer": "".join(block.get("text", "") for block in message["content"])[:100]}))
 
 
 TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
