@@ -4448,8 +4448,7 @@ class Exchange:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
-_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK,
-               getattr(errno, "WSAEWOULDBLOCK", errno.EWOULDBLOCK))
+_CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK)  # the second on Windows
 
 
 def connect_socket(exchange: Exchange, address: Tuple[str, int], timeout: float,
@@ -4865,17 +4864,18 @@ class Upstream:
                 if "model" in said.partition("not found")[0] and "not found" in said:
                     raise self._error(404, refusal, exchange)
                 yield from self._request(exchange, False)
-                self._disable_streaming()
-                return
-            self._check(response, exchange)
-            if stream and "event-stream" in response.fields.get("content-type", "").lower():
-                yield from self._streamed(response, exchange, read)
-                return
-            value = parse_upstream(response.read())
-            value = value if isinstance(value, list) and stream else [value]
-            yield read(self._checked(value, exchange)) + read(None), True
+            else:
+                self._check(response, exchange)
+                if stream and "event-stream" in response.fields.get("content-type", "").lower():
+                    yield from self._streamed(response, exchange, read)
+                    return
+                value = parse_upstream(response.read())
+                value = value if isinstance(value, list) and stream else [value]
+                yield read(self._checked(value, exchange)) + read(None), True
             if stream:
-                self._disable_streaming()
+                LOG.warning("the upstream does not stream: no streaming for the next %d s",
+                            self.NO_STREAM_SECONDS)
+                self._streaming_disabled_until = time.monotonic() + self.NO_STREAM_SECONDS
 
     def _streamed(self, response: Response, exchange: Exchange,
                   read: Callable[[Optional[List[Json]]], List[Json]]) -> Iterator[Batch]:
@@ -4892,15 +4892,10 @@ class Upstream:
                 yield batch, response.at_end
             if not finished:  # only the closed connection said that this was the end
                 raise http.client.IncompleteRead(b"")
-        except (OSError, http.client.HTTPException, ValueError, RecursionError) as exc:
-            if isinstance(exc, (ValueError, RecursionError)) or not response.has_deadline:
+        except (OSError, http.client.HTTPException):
+            if not response.has_deadline:
                 raise
         yield read(None), True
-
-    def _disable_streaming(self) -> None:
-        LOG.warning("the upstream does not stream: no streaming for the next %d s",
-                    self.NO_STREAM_SECONDS)
-        self._streaming_disabled_until = time.monotonic() + self.NO_STREAM_SECONDS
 
     def _check(self, response: Response, exchange: Exchange) -> None:
         if 200 <= response.status < 300:
@@ -5219,9 +5214,8 @@ class OpenAI(Upstream):
                              if most and name in body})
 
     def ask(self, exchange: Exchange, stream: bool) -> Response:
-        body = dict(exchange.body, stream=True)
-        if not stream:
-            body = {k: v for k, v in exchange.body.items() if k != "stream_options"}
+        body = (dict(exchange.body, stream=True) if stream
+                else without(exchange.body, "stream_options"))
         return self.send(exchange, "chat/completions", dump_json(body))
 
     def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
@@ -5857,12 +5851,12 @@ class ProxyHandler(HTTPHandler):
         self.stream: Optional[EventStream] = None
         try:
             path = self.normal_path()
-            methods = ROUTES.get(path) or (MODEL_ROUTE if path.startswith("/v1/models/") else None)
+            methods = ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path)
             self.guard()
             if self.command == "HEAD":
                 self.respond(200 if methods else 404, b"")
                 return
-            if path not in OPEN_PATHS:
+            if path not in ("/health", "/"):  # of "/", only the page without what it shows
                 self.authorize()
                 self.server.connections.mark(self.connection, Connections.ADMITTED)
                 self.admitted = self.command == "POST"
@@ -5927,21 +5921,15 @@ class ProxyHandler(HTTPHandler):
         if self.forward_to_anthropic(request, body):
             return
         check_request(request)
-        exchange, estimate = self.make_exchange(request, len(body), read)
-        self.check_budget(exchange)
+        exchange, emitter = self.begin(request, len(body), read)
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
         server.metrics.add(*(("signatures_total", count, (("kind", kind),))
                              for kind, count in exchange.translation.history.signatures.items()))
         if server.config.debug:
-            hide = server.secrets.hide
-            LOG.debug("%s client: %s", self.request_id, redacted_body(request, hide))
-            LOG.debug("%s upstream: %s", self.request_id,
-                      redacted_body(exchange.translation.body, hide))
-        remember = functools.partial(server.signatures.put, owner=exchange.owner)
-        emitter = MessageEmitter(request["model"], new_id, remember,
-                                 exchange.translation, estimate,
-                                 bool(request.get("context_management")))
+            for side, sent in (("client", request), ("upstream", exchange.translation.body)):
+                shown = redacted_body(sent, server.secrets.hide)
+                LOG.debug("%s %s: %s", self.request_id, side, shown)
         self.answer(exchange, emitter, self.respond_json)
 
     def answer(self, exchange: Exchange, emitter: MessageEmitter,
@@ -5963,9 +5951,9 @@ class ProxyHandler(HTTPHandler):
         finally:
             self.log_exchange(exchange, emitter, status, problem)
 
-    def make_exchange(self, request: Json, size: int,
-                      read: Optional[ReadHistory] = None) -> Tuple[Exchange, int]:
-        """A request on its way, and an estimate of its tokens."""
+    def begin(self, request: Json, size: int,
+              read: Optional[ReadHistory] = None) -> Tuple[Exchange, MessageEmitter]:
+        """A request on its way, if the budget covers it, and what makes its answer."""
         server, config = self.server, self.server.config
         lookup = functools.partial(server.signatures.get, owner=owner_of(self.client_key()))
         translate = functools.partial(translated, request, config, lookup=lookup,
@@ -5981,7 +5969,12 @@ class ProxyHandler(HTTPHandler):
         exchange.session = short_hash(session) if session else ""
         if re.fullmatch("[0-9A-Fa-f-]{8,64}", session):
             server.traffic.last_session = session
-        return exchange, server.tokens.estimate(size, exchange.translation)
+        self.check_budget(exchange)
+        remember = functools.partial(server.signatures.put, owner=exchange.owner)
+        return exchange, MessageEmitter(
+            request["model"], new_id, remember, exchange.translation,
+            server.tokens.estimate(size, exchange.translation),
+            bool(request.get("context_management")))
 
     def check_budget(self, exchange: Exchange) -> None:
         """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
@@ -6249,8 +6242,8 @@ class ProxyHandler(HTTPHandler):
             "signatures": {"entries": entries, "bytes": size},
             "histories": server.histories.figures,
             "live": [{"requested": hide(exchange.request["model"][:100]),
-                      "model": hide(exchange.model),
-                      "retries": exchange.retries, "seconds": round(now - exchange.started, 1)}
+                      "model": hide(exchange.model), "retries": exchange.retries,
+                      "seconds": round(now - exchange.started, 1)}
                      for exchange in server.heartbeat.exchanges()],
             "spent_usd": server.traffic.totals["cost"],
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
@@ -6261,10 +6254,7 @@ class ProxyHandler(HTTPHandler):
         request = {"model": "claude-haiku", "max_tokens": 16,
                    "messages": [{"role": "user", "content": "Say ok."}]}
         self.requested = request["model"]
-        exchange, estimate = self.make_exchange(request, len(str(request)))
-        self.check_budget(exchange)
-        emitter = MessageEmitter(exchange.model, new_id, lambda key, signature: None,
-                                 exchange.translation, estimate)
+        exchange, emitter = self.begin(request, len(str(request)))
         self.answer(exchange, emitter, lambda message: self.respond_json({
             "status": "ok", "model": exchange.model,
             "milliseconds": round((time.monotonic() - exchange.started) * 1000),
@@ -6277,6 +6267,7 @@ ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = {
     "/v1/messages": {"POST": ProxyHandler.handle_messages},
     "/v1/messages/count_tokens": {"POST": ProxyHandler.handle_count_tokens},
     "/v1/models": {"GET": ProxyHandler.handle_models},
+    "/v1/models/": {"GET": ProxyHandler.handle_model},
     "/health": {"GET": ProxyHandler.handle_health},
     "/metrics": {"GET": ProxyHandler.handle_metrics},
     "/test-connection": {"GET": ProxyHandler.handle_test_connection},
@@ -6284,9 +6275,7 @@ ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = {
     "/api/hello": {"GET": ProxyHandler.handle_quiet},
     "/api/event_logging/batch": {"POST": ProxyHandler.handle_quiet},
 }
-MODEL_ROUTE = {"GET": ProxyHandler.handle_model}
 TIERS = ("opus", "sonnet", "haiku")
-OPEN_PATHS = frozenset({"/health", "/"})  # of "/", only the page without what it shows
 
 
 def model_entry(id_: str, model: Json) -> Json:
@@ -6389,7 +6378,7 @@ const span = s => s >= 7200 ? Math.floor(s / 3600) + " h" : s >= 120 ? Math.floo
   : Math.round(s) + " s";
 const sum = (rows, name) => rows.reduce((total, row) => total + row[name], 0);
 
-// rows: cells; an object behind them says why a request failed
+// rows: cells, and perhaps why a request failed
 function table(title, className, heads, rows, empty) {
   const line = (tag, cells) => make("tr", "", ...cells.map((cell, i) => {
     const node = make(tag, heads[i] === "status" && cell >= 400 ? "bad" : "", cell ?? "");
@@ -6402,8 +6391,8 @@ function table(title, className, heads, rows, empty) {
     cell.colSpan = heads.length;
     return make("tr", "why", cell);
   };
-  const body = rows.flatMap(row => row.at(-1)?.why ? [line("td", row.slice(0, -1)),
-    why(row.at(-1).why)] : [line("td", row.slice(0, heads.length))]);
+  const body = rows.flatMap(row => [line("td", row.slice(0, heads.length)),
+    ...row.slice(heads.length).filter(Boolean).map(why)]);
   return make("div", "card " + className, make("h2", "", title), rows.length
     ? make("table", "", make("thead", "", line("th", heads)), make("tbody", "", ...body)) : empty);
 }
@@ -6477,7 +6466,7 @@ function show(d) {
       "first delta", "total", "retries", "key", "ago"], d.recent.map(x => [x.requested, x.model,
         x.status, ...(x.model ? [count(x.input), count(x.cached), count(x.output + x.thought),
           usd(x.cost), ms(x.first_ms), ms(x.total_ms), x.retries, x.key] : Array(8).fill("")),
-        span(Date.now() / 1e3 - x.time), {why: x.status >= 400 ? x.error : ""}]),
+        span(Date.now() / 1e3 - x.time), x.status >= 400 && x.error]),
       "No request in the last hour."),
     table("Models", "", ["requested", "model"], Object.entries(d.models), ""),
     table("Keys", "", ["key", "state"], d.keys.map(key => [key.upstream + " " + key.number,
