@@ -3872,8 +3872,7 @@ class TokenCounts:
 class KeyRing:
     """An upstream's keys in turn; one that failed cools down, for the model that it failed on."""
 
-    LIMIT = 1000             # cool-downs that are remembered
-    SESSIONS_LIMIT = 10000
+    LIMIT = 1000  # cool-downs that are remembered
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._keys, self._clock = tuple(keys), clock
@@ -3881,7 +3880,7 @@ class KeyRing:
         self._next = 0
         self._cooling: Dict[Tuple[int, str], float] = {}
         self._refused: Dict[int, bool] = {}  # whether a key's last failure was that
-        self._sessions = LRUCache(self.SESSIONS_LIMIT)
+        self._sessions = LRUCache(10000)
 
     def acquire(self, model: str, session: str = "") -> int:
         """Number of the session's key while it is ready: implicit caching is per project. Else of
@@ -3944,8 +3943,7 @@ class Metrics:
             return dict(self._values)
 
     def render(self, gauges: Mapping[str, float]) -> str:
-        """Prometheus text format 0.0.4,
-        https://prometheus.io/docs/instrumenting/exposition_formats/."""
+        """Text format 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/."""
         lines = []
         for name, value in sorted(gauges.items()):
             lines += ["# TYPE proxy_%s gauge" % name, "proxy_%s %g" % (name, value)]
@@ -4275,24 +4273,15 @@ class DeadlineReader(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._deadline = math.inf
-        self._unread = b""
 
     def allow(self, seconds: float) -> None:
         """From now on reading may take so long in all; math.inf: each read the socket's timeout."""
         self._deadline = time.monotonic() + seconds
 
-    def unread(self, data: bytes) -> None:
-        """Give back what was read too far: it is read again, first."""
-        self._unread = data
-
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self._unread:
-            count = min(len(buffer), len(self._unread))
-            buffer[:count], self._unread = self._unread[:count], self._unread[count:]
-            return count
         if self._deadline == math.inf:
             return self._sock.recv_into(buffer)
         usual = self._sock.gettimeout()
@@ -4387,8 +4376,7 @@ def is_disconnected(sock: socket.socket) -> bool:
 
 
 class Exchange:
-    """One client request on its way: what the upstream needs of it, what was tried so far, and what
-    the log says of it."""
+    """One client request on its way: what the upstream needs, what was tried, what is logged."""
 
     def __init__(self, request: Json, routes: Sequence[Route],
                  translate: Callable[..., Any] = lambda route: None, stream: bool = False,
@@ -5107,9 +5095,9 @@ class Gemini(Upstream):
     def _run_command(self, exchange: Exchange) -> str:
         status, deadline = None, time.monotonic() + self.COMMAND_SECONDS
         try:
-            process = subprocess.Popen(
-                command_words(self._config.gemini_token_command), stdout=subprocess.PIPE,
-                stdin=subprocess.DEVNULL, start_new_session=os.name != "nt")
+            words = command_words(self._config.gemini_token_command)
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                       start_new_session=os.name != "nt")
             while status is None:
                 try:
                     output = process.communicate(timeout=0.5)[0]
@@ -5511,9 +5499,9 @@ class ProxyServer(ThreadingHTTPServer):
         self.connections = Connections(config.max_connections)
         self.started = time.time()
         self.draining = False
-        self.warned: set = set()
+        self.warned = False  # that auto mode lacks its model
         self._answered, self._quiet_since = 0, 0.0  # for tidy
-        self._spare: Optional[int] = os.open(os.devnull, os.O_RDONLY)  # for when none is left
+        self._spare = open(os.devnull, "rb")  # its descriptor is for when none is left
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
 
@@ -5535,7 +5523,7 @@ class ProxyServer(ThreadingHTTPServer):
             if exc.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
         LOG.warning("no file descriptor is left for a connection (ulimit -n)")
-        self.close_spare()
+        self._spare.close()
         with contextlib.suppress(OSError):
             connection, _ = super().get_request()
             with contextlib.closing(connection):
@@ -5544,14 +5532,8 @@ class ProxyServer(ThreadingHTTPServer):
                                    b"\r\nConnection: close\r\n\r\n")
         time.sleep(0.1)
         with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            self._spare = open(os.devnull, "rb")
         raise OSError("no file descriptor is left")
-
-    def close_spare(self) -> None:
-        """Once: its number may be another's by then."""
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            os.close(spare)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections.add(request):
@@ -5587,18 +5569,13 @@ class ProxyServer(ThreadingHTTPServer):
             self._quiet_since = 0.0
             trim_memory()
 
-    def warn_once(self, warning: str) -> None:
-        if warning not in self.warned:
-            self.warned.add(warning)
-            LOG.warning("%s", warning)
-
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
             LOG.exception("a connection failed")
 
     def server_close(self) -> None:
         super().server_close()
-        self.close_spare()
+        self._spare.close()
         LOG.removeFilter(self.secrets)
         self.heartbeat.stop()
         self.upstream.pool.close_idle()
@@ -5774,16 +5751,16 @@ class HTTPHandler(BaseHTTPRequestHandler):
         decoder, body = ChunkedDecoder(limit), bytearray()
         try:
             while not decoder.ended:
-                data = self.rfile.read1(65536)
+                data = self.rfile.peek(1)
                 if not data:
                     raise invalid("Transfer-Encoding: the body ends too early.")
                 body += decoder.feed(data)
+                self.rfile.read(len(data) - len(decoder.rest))  # the rest is the next request
         except ValueError:
             raise ProxyError(413, "The body is larger than this proxy takes (MAX_BODY_BYTES %d)."
                              % limit) from None
         except http.client.HTTPException as exc:
             raise invalid("Transfer-Encoding: %s" % exc) from None
-        self.reader.unread(decoder.rest)
         return bytes(body)
 
     def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
@@ -5962,8 +5939,8 @@ class ProxyHandler(HTTPHandler):
         routes = [resolve_model(request["model"], config)]
         routes += [route_to(name, config) for name in config.fallback_models]
         if routes[0] == Route("openai", "default"):  # the first one that the server lists
-            listed = server.upstream.of(routes[0]).models() or {"default": {}}
-            routes[0] = Route("openai", next(iter(listed)))
+            listed = server.upstream.of(routes[0]).models()
+            routes[0] = Route("openai", next(iter(listed), "default"))
         exchange = Exchange(request, routes, translate, live, self.client_key())
         session = self.headers.get("x-claude-code-session-id", "")
         exchange.session = short_hash(session) if session else ""
@@ -5971,10 +5948,9 @@ class ProxyHandler(HTTPHandler):
             server.traffic.last_session = session
         self.check_budget(exchange)
         remember = functools.partial(server.signatures.put, owner=exchange.owner)
-        return exchange, MessageEmitter(
-            request["model"], new_id, remember, exchange.translation,
-            server.tokens.estimate(size, exchange.translation),
-            bool(request.get("context_management")))
+        estimate = server.tokens.estimate(size, exchange.translation)
+        return exchange, MessageEmitter(request["model"], new_id, remember, exchange.translation,
+                                        estimate, bool(request.get("context_management")))
 
     def check_budget(self, exchange: Exchange) -> None:
         """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
@@ -6025,14 +6001,15 @@ class ProxyHandler(HTTPHandler):
         else:
             deliver(self.server.upstream, exchange, emitter, feed)
         safeguard = safeguard_of(request)
-        if safeguard and not self.server.config.safeguards_model:
-            self.server.warn_once("SAFEGUARDS_MODEL is not set: in Claude Code's auto mode, calls "
-                                  "that need a check are refused (with -p) or asked about")
-        elif safeguard:
+        if safeguard and self.server.config.safeguards_model:
             if self.stream and calls:
                 self.stream.feed([])  # what is held: the end does not follow at once
             emitter.safeguard_results = safeguard_results(self.judge(
                 exchange, safeguard.get("classifier_context"), calls))
+        elif safeguard and not self.server.warned:
+            self.server.warned = True
+            LOG.warning("SAFEGUARDS_MODEL is not set: in Claude Code's auto mode, calls that need "
+                        "a check are refused (with -p) or asked about")
 
     def judge(self, exchange: Exchange, context: Any, calls: Sequence[Json]) -> Json:
         """Ask SAFEGUARDS_MODEL once for all calls -> {tool_use id: verdict}. What is not clear is
