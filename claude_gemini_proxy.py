@@ -4473,10 +4473,8 @@ class TLSConnection(http.client.HTTPSConnection):
 
 class Response:
     """One upstream response. Its connection goes back to the pool when the body has been read.
-
-    http.client's takes five times as long for a head, and gives chunks one by one. Raises
-    RemoteDisconnected if there is no response, and HTTPException if it is no HTTP.
-    """
+    Raises RemoteDisconnected if there is none, and HTTPException if it is no HTTP. (http.client's
+    takes five times as long for a head, and gives chunks one by one.)"""
 
     def __init__(self, connection: Any, exchange: Exchange,
                  give_back: Callable[[Any], None]) -> None:
@@ -4487,11 +4485,10 @@ class Response:
         self.has_deadline = False  # for the rest of the body
         left = exchange.deadline - time.monotonic()
         self._reader.allow(min(left, connection.sock.gettimeout()))  # for the whole head
-        version, self.status, fields = self._read_head()
+        version, self.status, self.fields = self._read_head()
         self._reader.allow(exchange.deadline - time.monotonic())
-        self.fields = fields
-        self._chunked = fields.get("transfer-encoding", "").lower() == "chunked"
-        length = fields.get("content-length", "").partition(",")[0]
+        self._chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
+        length = self.fields.get("content-length", "").partition(",")[0]
         counted = not self._chunked and re.match(r"[0-9]{1,15}$", length)
         self._left = int(length) if counted else -1
         if self.status in (204, 304):
@@ -4499,7 +4496,7 @@ class Response:
         self.has_length = self._left >= 0
         self.is_framed = self._chunked or self.has_length  # a cut can be seen
         self._reusable = (self.is_framed and version != b"0"
-                          and "close" not in fields.get("connection", "").lower())
+                          and "close" not in self.fields.get("connection", "").lower())
 
     def _read_head(self) -> Tuple[bytes, int, Dict[str, str]]:
         """-> (minor version, status, fields), of the first head that is no 1xx"""
@@ -4711,11 +4708,9 @@ Batch = Tuple[List[Json], bool]
 
 
 class Upstream:
-    """What all kinds of upstream share: keys, retries, streams and their faults.
-
-    A kind sends a request (`ask`), reads its answer as Gemini-shaped chunks (`reader`), knows what
-    a 400 asks to change (`repairs`, `remember`) and which models there are (`list_models`).
-    """
+    """What all kinds of upstream share: keys, retries, streams and their faults. A kind sends a
+    request (`ask`), reads its answer as Gemini-shaped chunks (`reader`), knows what a 400 asks to
+    change (`repairs`, `remember`) and which models there are (`list_models`)."""
 
     NAME = "Gemini"
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
@@ -5005,11 +5000,9 @@ class Gemini(Upstream):
 
     def count(self, exchange: Exchange) -> Optional[int]:
         """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
-
         Source: https://ai.google.dev/api/tokens (read 2026-11-20). The model must be named inside;
         Vertex AI takes the request flat
-        (https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens).
-        """
+        (https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens)."""
         body = exchange.translation.body
         if "aiplatform" in self.base:
             body = {k: body[k] for k in ("contents", "systemInstruction", "tools") if k in body}
@@ -5292,12 +5285,10 @@ class Upstreams:
 
 def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
             feed: Callable[[List[Json], bool], None]) -> None:
-    """Ask until there is an answer, and give each batch of its chunks to `feed`.
-
-    What fails is asked for again, changed where the error tells how, with another key, or of the
-    next model of FALLBACK_MODELS; and so is an empty answer. A stream that breaks is asked for
-    again only while the client has seen nothing of it.
-    """
+    """Ask until there is an answer, and give each batch of its chunks to `feed`. What fails is
+    asked for again, changed where the error tells how, with another key, or of the next model of
+    FALLBACK_MODELS; and so is an empty answer. A stream that breaks is asked for again only while
+    the client has seen nothing of it."""
     first_error = None  # a copy: see ProxyError.copy
     while True:
         upstream = upstreams.of(exchange.route)
@@ -5324,10 +5315,8 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
 
 class EventStream:
     """An SSE answer to one client. The handler's thread feeds chunks, the heartbeat's thread pings.
-
     `200` and message_start leave with the first event, or with the first ping: until then a failure
-    can still be a real HTTP error.
-    """
+    can still be a real HTTP error."""
 
     THINKING_SECONDS = 100.0  # Claude Code 2.1.197 gives up after 300 s in which only pings came
 
@@ -5664,11 +5653,9 @@ class HTTPHandler(BaseHTTPRequestHandler):
         return True
 
     def guard(self) -> None:
-        """Refuse what a web page in the user's browser may send, and what there is no room for.
-
-        A page cannot forge these headers; programs do not send Origin or Sec-Fetch-Site. A Host
-        that is not ours on a loopback address is DNS rebinding.
-        """
+        """Refuse what a web page in the user's browser may send, and what there is no room for. A
+        page cannot forge these headers; programs do not send Origin or Sec-Fetch-Site. A Host that
+        is not ours on a loopback address is DNS rebinding."""
         wanted, self.close_connection = self.close_connection, True  # after any refusal here
         config, host = self.server.config, self.headers.get("host") or ""
         origin = self.headers.get("origin")
@@ -5766,9 +5753,7 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def respond(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({}),
                 content_type: str = "application/json") -> None:
         """Send an answer. A body that was not read is what the next request would be taken from.
-
-        Head and body go in one piece: apart, Nagle's algorithm and delayed ACKs add 40 ms.
-        """
+        Head and body go in one piece: apart, Nagle's algorithm and delayed ACKs add 40 ms."""
         unread = not self.body_read and (self.headers.get("content-length", "0") != "0"
                                          or "transfer-encoding" in self.headers
                                          or self.command not in ("GET", "HEAD"))
@@ -6214,8 +6199,7 @@ class ProxyHandler(HTTPHandler):
                 if not row.metadata["secret"]}))),
             "uptime_seconds": round(time.time() - server.started),
             "keys": server.upstream.key_states(),
-            "models": {tier: hide(resolve_model("claude-" + tier, config).name)
-                       for tier in TIERS},
+            "models": {tier: hide(resolve_model("claude-" + tier, config).name) for tier in TIERS},
             "signatures": {"entries": entries, "bytes": size},
             "histories": server.histories.figures,
             "live": [{"requested": hide(exchange.request["model"][:100]),
@@ -6257,17 +6241,14 @@ TIERS = ("opus", "sonnet", "haiku")
 
 def model_entry(id_: str, model: Json) -> Json:
     """A model as /v1/models describes it, with the fields that the SDKs require.
-
-    Source: https://docs.claude.com/en/api/models (read 2026-11-20), anthropic SDK 2.11.0.
-    """
+    Source: https://docs.claude.com/en/api/models (read 2026-11-20), anthropic SDK 2.11.0."""
     known = None if "/" in id_ else True  # Gemini's models have these limits or more
     return {"type": "model", "id": id_, "display_name": str(model.get("displayName") or id_),
             "created_at": "%sT00:00:00Z" % model.get("created", "2026-01-01"),
             "lifecycle": "active",
             "max_input_tokens": model.get("inputTokenLimit") or known and INPUT_LIMIT,
             "max_tokens": model.get("outputTokenLimit") or known and OUTPUT_LIMIT,
-            "capabilities": None,
-            "deprecated_at": None, "retires_at": None, "line": None}
+            "capabilities": None, "deprecated_at": None, "retires_at": None, "line": None}
 
 
 # The client's names of its tiers (2.1.331); Claude Desktop lists no others.
