@@ -3875,7 +3875,7 @@ class KeyRing:
     LIMIT = 1000  # cool-downs that are remembered
 
     def __init__(self, keys: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
-        self._keys, self._clock = tuple(keys), clock
+        self._count, self._clock = len(keys), clock
         self._lock = threading.Lock()  # protects all below
         self._next = 0
         self._cooling: Dict[Tuple[int, str], float] = {}
@@ -3890,15 +3890,12 @@ class KeyRing:
             own = self._sessions.get(session)
             if own is not None and self._cooling.get((own, model), 0) <= now:
                 return own
-            order = [(self._next + i) % len(self._keys) for i in range(len(self._keys))]
+            order = [(self._next + i) % self._count for i in range(self._count)]
             number = min(order, key=lambda n: max(now, self._cooling.get((n, model), 0)))
-            self._next = (number + 1) % len(self._keys)
+            self._next = (number + 1) % self._count
             if session:
                 self._sessions.put(session, number)
             return number
-
-    def key(self, number: int) -> str:
-        return self._keys[number]
 
     def cool_down(self, number: int, model: str, seconds: float, refused: bool = False) -> bool:
         """Leave a key alone for a while; returns whether another one is ready for the model."""
@@ -3908,14 +3905,14 @@ class KeyRing:
             self._cooling = {place: until for place, until in self._cooling.items() if until > now}
             if len(self._cooling) < self.LIMIT:  # clients choose the names of models
                 self._cooling[number, model] = now + seconds
-            return any(self._cooling.get((n, model), 0) <= now for n in range(len(self._keys)))
+            return any(self._cooling.get((n, model), 0) <= now for n in range(self._count))
 
     def states(self) -> List[Json]:
         """[{"number": from 1, "cooldown": {model: seconds left}, "refused": bool}, ...]"""
         with self._lock:
             now = self._clock()
             cooling = [{model: round(until - now) for (m, model), until in self._cooling.items()
-                        if m == n and until > now} for n in range(len(self._keys))]
+                        if m == n and until > now} for n in range(self._count)]
             return [{"number": n + 1, "cooldown": models,
                      "refused": bool(models) and self._refused.get(n, False)}
                     for n, models in enumerate(cooling)]
@@ -4724,8 +4721,8 @@ class Upstream:
 
     def __init__(self, name: str, config: Config, opener: Any) -> None:
         self.base, self._key_setting = config.base(name), name.upper() + "_API_KEY"
-        self.key_list = parse_names(getattr(config, name + "_api_key"))
-        self.keys = KeyRing(self.key_list or ("",))
+        self.key_list = parse_names(getattr(config, name + "_api_key")) or ("",)
+        self.keys = KeyRing(self.key_list)
         self._config, self._opener = config, opener
         # Without a lock: each is replaced whole, and at worst something is asked for once more.
         self._models: Mapping[str, Json] = {}
@@ -4952,7 +4949,7 @@ class Upstream:
     def next_key(self, exchange: Exchange) -> str:
         session = exchange.session or getattr(exchange.translation, "history", History()).session
         exchange.key_number = self.keys.acquire(exchange.model, session)
-        return self.keys.key(exchange.key_number)
+        return self.key_list[exchange.key_number]
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
         key = self.next_key(exchange)
@@ -5278,7 +5275,7 @@ class Upstreams:
     def key_states(self) -> List[Json]:
         """The keys by number, each with the seconds that it still cools down for a model."""
         return [dict(state, upstream=name) for name, member in self.members.items()
-                if member.key_list for state in member.keys.states()]
+                if member.key_list[0] for state in member.keys.states()]
 
 
 # ---- 14. Delivery (I/O) ---------------------------------------------------------------------
@@ -5383,8 +5380,7 @@ class EventStream:
 
 
 class Heartbeat:
-    """One thread for all answers in progress: pings quiet streams, sees who has left, and calls
-    `tidy` now and then."""
+    """One thread for all answers: pings quiet streams, sees who has left, calls `tidy` at times."""
 
     def __init__(self, seconds: float, tidy: Callable[[], None] = lambda: None) -> None:
         self._seconds, self._tidy = seconds, tidy
@@ -5977,8 +5973,7 @@ class ProxyHandler(HTTPHandler):
     def fill(self, exchange: Exchange, emitter: MessageEmitter,
              feed: Callable[[List[Json], bool], None]) -> None:
         """Get the answer, and for auto mode a verdict on its calls."""
-        request = exchange.request
-        calls = emitter.tool_uses
+        request, calls = exchange.request, emitter.tool_uses
         if request.get("max_tokens") == 0:  # the client warms a cache, or wants verdicts alone
             counted = self.server.upstream.of(exchange.route).count(exchange)
             emitter.end_empty(emitter.input_tokens if counted is None else counted)
@@ -6033,9 +6028,7 @@ class ProxyHandler(HTTPHandler):
         cost = fields["cost"]
         shown = ("$%.4f" % cost if cost is not None
                  else "no price" if emitter.usage or any(emitter.spent) else "no cost")
-        why = "; " + problem if problem else ""
-        if status != 200 and emitter.has_started:
-            why += "; after %d characters and %d calls" % (emitter.characters, emitter.calls)
+        why = self.why(emitter, status, problem)
         LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
                 "%(status)s %(requested)s -> %(model)s %(finish)s, tokens in %(input)s (cached "
                 "%(cached)s) out %(output)s (thoughts %(thought)s), %(cost)s, first %(first_ms)s "
@@ -6055,6 +6048,13 @@ class ProxyHandler(HTTPHandler):
         counts += [("tokens_total", usage[name], (("kind", kind), model))
                    for name, kind in TOKEN_KINDS if name in usage]
         server.metrics.add(*counts)
+
+    def why(self, emitter: MessageEmitter, status: int, problem: str) -> str:
+        """For the log: what went wrong, and what the client had got by then."""
+        why = "; " + problem if problem else ""
+        if status != 200 and emitter.has_started:
+            why += "; after %d characters and %d calls" % (emitter.characters, emitter.calls)
+        return why
 
     def log_fields(self, exchange: Exchange, emitter: MessageEmitter, status: int,
                    usage: Counts) -> Json:
@@ -6897,7 +6897,7 @@ def key_problem(member: Upstream) -> str:
     """What is wrong with an upstream's address and all of its keys; "" if one is right, or if it is
     merely slow or busy."""
     problem = ""
-    for _ in member.key_list or ("",):
+    for _ in member.key_list:
         try:
             member.prove()
             return ""
