@@ -4169,13 +4169,17 @@ class NewMessages:
         rest, place = cache.parse(b'{"":0' + behind), (start, len(raw) - len(behind))
         self.request = check_request({**head, **rest, "messages": messages})
         self._key = (owner_of(client_key), self._rule_of(self.request))
-        if ("messages" in rest or not self._key[1] or safeguard_of(self.request)
-                or self.request.get("max_tokens") == 0
-                or any(piece.key != self._key for piece in self._path)
-                or (self._path and not is_model_turn(messages[0]))
-                or (_SURROGATE.search(raw, *place) and any(  # a lone one
-                    each.group(1) for each in _SURROGATES.finditer(raw, *place)))):
+        lone_surrogates = _SURROGATE.search(raw, *place) and any(
+            each.group(1) for each in _SURROGATES.finditer(raw, *place))
+        if "messages" in rest or lone_surrogates or not self._fits(messages[0]):
             raise ValueError("not to be read in pieces")
+
+    def _fits(self, first: Json) -> bool:
+        """Whether it is translated by its messages alone, and goes on where the path ends."""
+        is_plain = not safeguard_of(self.request) and self.request.get("max_tokens") != 0
+        return (is_plain and self._key[1] is not None
+                and all(piece.key == self._key for piece in self._path)
+                and (not self._path or is_model_turn(first)))
 
     def _rule_of(self, request: Json) -> Optional[ModelRule]:
         name = request.get("model")
