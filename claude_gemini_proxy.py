@@ -3594,12 +3594,16 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
-    for piece in without_mark(pieces):
+    mark = BYTE_ORDER_MARK   # may stand before the first line
+    for piece in itertools.chain(pieces, [b"\n\n"]):  # the end completes what has begun
         if b"\n" not in piece:
             held.append(piece)
             continue
         lines = (b"".join(held) + piece).split(b"\n")
         held = [lines.pop()]
+        if lines[0].startswith(mark):
+            lines[0] = lines[0][len(mark):]
+        mark = b""
         batch: List[Json] = []
         for line in lines:
             line = line.rstrip(b"\r")
@@ -3612,26 +3616,8 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
                 bare.append(line)
         if batch:
             yield batch
-    last = b"".join(held)
-    data += [last[5:]] if last.startswith(b"data:") else []
-    bare += [last] if bare or last.startswith((b"{", b"[")) else []
-    batch = _objects(b"\n".join(data)) + _objects(b"\n".join(bare))
-    if batch:
-        yield batch
-
-
-def without_mark(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same without a byte order mark at the start."""
-    start, started = b"", False
-    for piece in pieces:
-        if not started:
-            start += piece
-            started = len(start) >= len(BYTE_ORDER_MARK)
-            piece = start[3:] if start.startswith(BYTE_ORDER_MARK) else start
-        if started:
-            yield piece
-    if not started:
-        yield start
+    if bare:
+        yield _objects(b"\n".join(bare))
 
 
 STREAM_DONE: Json = {"object": "[DONE]"}
