@@ -3437,8 +3437,7 @@ VERDICTS_SCHEMA = {
     "type": "object", "required": ["verdicts"], "properties": {"verdicts": {
         "type": "array", "items": {
             "type": "object", "required": ["id", "flagged", "explanation"], "properties": {
-                "id": {"type": "string"}, "flagged": {"type": "boolean"},
-                "explanation": {"type": "string"}}}}}}
+                "id": _TEXT, "flagged": {"type": "boolean"}, "explanation": _TEXT}}}}}
 
 
 def safeguard_of(request: Json) -> Optional[Json]:
@@ -3455,16 +3454,15 @@ def unanswered_calls(request: Json) -> List[Json]:
             for block in _dicts(content) if block.get("type") == "tool_use"]
 
 
-def judge_request(request: Json, context: Any, calls: Sequence[Json], model: str,
-                  is_sub_agent: bool = False) -> Json:
-    """A Messages request that asks `model` for verdicts. All is JSON, so that no text can end its
-    own entry; the calls stand last. What a sub-agent is told, the main agent has written."""
+def judge_request(request: Json, context: Any, calls: Sequence[Json], is_sub_agent: bool) -> Json:
+    """A Messages request that asks for verdicts. All is JSON, so that no text can end its own
+    entry; the calls stand last. What a sub-agent is told, the main agent has written."""
     entries = transcript(request["messages"])
     if is_sub_agent:
         entries = [dict(entry, **{"from": "main agent, not the user"})
                    if entry["from"] == "user" else entry for entry in entries]
     text = json.dumps({"context": context, "transcript": entries})
-    return {"model": model, "max_tokens": JUDGE_TOKENS, "system": JUDGE_SYSTEM,
+    return {"model": "auto mode check", "max_tokens": JUDGE_TOKENS, "system": JUDGE_SYSTEM,
             "output_config": {"format": {"type": "json_schema", "schema": VERDICTS_SCHEMA}},
             "messages": [{"role": "user", "content": [
                 {"type": "text", "text": text},
@@ -3495,10 +3493,6 @@ NOT_TYPED = re.compile(r"\s*(?:<[a-zA-Z][\w-]*[ >]|This session is being continu
                        r"|Base directory for this skill)")
 
 
-def is_typed(text: str) -> bool:
-    return not NOT_TYPED.match(text)
-
-
 def transcript_entries(message: Any) -> Iterator[Json]:
     """A message's parts as {"from", "text"}; only what the user typed is "user"."""
     content = message.get("content") if isinstance(message, dict) else None
@@ -3508,7 +3502,7 @@ def transcript_entries(message: Any) -> Iterator[Json]:
         kind, text = block.get("type"), block.get("text")
         if kind == "text" and isinstance(text, str):
             writer = "agent" if message.get("role") == "assistant" else "client, not the user"
-            if message.get("role") == "user" and not is_command and is_typed(text):
+            if message.get("role") == "user" and not is_command and not NOT_TYPED.match(text):
                 writer = "user"
             yield {"from": writer, "text": text[:4000 if writer == "user" else 1000]}
         elif kind == "tool_use":
@@ -3534,7 +3528,6 @@ def verdicts(text: str, calls: Sequence[Json]) -> Json:
 
 
 def verdict(rows: Sequence[Json]) -> Json:
-    """The rows for one call -> its verdict"""
     flagged = rows[0].get("flagged") if len(rows) == 1 else None
     if flagged is False:
         return {"type": "evaluated", "outcome": "not_flagged"}
@@ -5989,8 +5982,8 @@ class ProxyHandler(HTTPHandler):
             return {}
         if len(short_json(list(calls), CALLS_LIMIT)) == CALLS_LIMIT:
             return unavailable(calls, "error")
-        body = judge_request(exchange.request, context, calls, "auto mode check",
-                             bool(self.headers.get("x-claude-code-agent-id")))
+        is_sub_agent = bool(self.headers.get("x-claude-code-agent-id"))
+        body = judge_request(exchange.request, context, calls, is_sub_agent)
         check = Exchange(body, [route_to(config.safeguards_model, config)],
                          functools.partial(translated, body, config),
                          client_key=exchange.client_key)

@@ -5496,13 +5496,13 @@ class AutoMode(ProxyCase):
             {"type": "text", "text": "The file of the command."}]}
         self.assertEqual([e["text"] for e in proxy.transcript([typed, skill])
                           if e["from"] == "user"], ["typed"])
-        body = proxy.judge_request({"messages": [typed]}, {}, [], "m", is_sub_agent=True)
+        body = proxy.judge_request({"messages": [typed]}, {}, [], is_sub_agent=True)
         self.assertNotIn('"from": "user"', body["messages"][0]["content"][0]["text"])
 
     def test_the_judge_is_asked_exactly_this(self):
         asked = proxy.judge_request(
             request("q", says("a", uses()), results("toolu_1"), system("s"), "q2"), {"c": 1},
-            [{"id": "i", "name": "n", "input": {}}], "M")
+            [{"id": "i", "name": "n", "input": {}}], is_sub_agent=False)
         first, second = asked["messages"][0]["content"]
         self.assertEqual((first["type"], second["type"], asked["messages"][0]["role"]),
                          ("text", "text", "user"))
@@ -5515,7 +5515,8 @@ class AutoMode(ProxyCase):
         self.assertEqual(json.loads(second["text"]),
                          {"calls": [{"id": "i", "name": "n", "input": {}}]})
         self.assertEqual({k: asked[k] for k in asked if k != "messages"}, {
-            "model": "M", "max_tokens": proxy.JUDGE_TOKENS, "system": proxy.JUDGE_SYSTEM,
+            "model": "auto mode check", "max_tokens": proxy.JUDGE_TOKENS,
+            "system": proxy.JUDGE_SYSTEM,
             "output_config": {"format": {"type": "json_schema",
                                          "schema": proxy.VERDICTS_SCHEMA}}})
 
