@@ -2912,12 +2912,11 @@ def translated(request: Json, config: Config, route: Route, lookup: Lookup = lam
 
 # finishReason -> stop_reason; those in no row end the turn, with a note of what Gemini called it.
 # https://ai.google.dev/api/generate-content#FinishReason (read 2026-11-20).
-STOP_REASONS = {"": "end_turn", "STOP": "end_turn", "MAX_TOKENS": "max_tokens",
-                "CONTINUATION": "max_tokens", **dict.fromkeys((
-                    "SAFETY", "REFUSAL", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "MODEL_ARMOR",
-                    "IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT"), "refusal")}
+STOP_REASONS = {"MAX_TOKENS": "max_tokens", "CONTINUATION": "max_tokens", **dict.fromkeys((
+    "SAFETY", "REFUSAL", "PROHIBITED_CONTENT", "BLOCKLIST", "SPII", "MODEL_ARMOR", "IMAGE_SAFETY",
+    "IMAGE_PROHIBITED_CONTENT"), "refusal")}
 STOP_NOTES = {
-    "": "", "STOP": "", "MAX_TOKENS": "", "CONTINUATION": "", "REFUSAL": "",
+    **dict.fromkeys(("", "STOP", "MAX_TOKENS", "CONTINUATION", "REFUSAL"), ""),
     "RECITATION": "The model stopped this answer: RECITATION (too close to a source).",
     "MALFORMED_FUNCTION_CALL": "The model wrote a tool call that cannot be read. {}",
     "UNEXPECTED_TOOL_CALL": "The model called a tool that was not offered. {}",
@@ -2954,7 +2953,7 @@ class MessageEmitter:
         self.tool_uses: List[Json] = []            # the calls given out: id, name and input
         self.safeguard_results: List[Json] = []    # what the end of the message says of them
         self.answered = False        # a text or a call has been sent
-        self.calls = self.characters = self._citations = 0
+        self.characters = self._citations = 0
         self.usage: Json = {}
         self.spent: List[Json] = []  # the usage of answers that were empty
         self.finish_reason = self._finish_message = self._block_reason = ""
@@ -2969,13 +2968,9 @@ class MessageEmitter:
 
     def adopt(self, translation: Translation) -> None:
         """Read answers as answers to this request; a fallback model may have got another one."""
-        if translation is self._translation:
-            return
-        self._translation = translation
-        self._lower_names = {name.lower(): own for name, own in translation.names.items()}
-        self._names, self._schemas = translation.names, translation.schemas
-        self._session, self._thinking = translation.history.session, translation.thinking
-        self._single_call = translation.single_call
+        if translation is not self._translation:
+            self._translation = translation
+            self._lower_names = {name.lower(): own for name, own in translation.names.items()}
 
     def start(self) -> List[Json]:
         """-> [message_start], with an estimate of the input; the truth follows in message_delta."""
@@ -3023,7 +3018,7 @@ class MessageEmitter:
 
     def keep_alive(self) -> List[Json]:
         """An empty delta: some clients do not count pings as activity."""
-        if not self._open and self._thinking and not self.answered:
+        if not self._open and self._translation.thinking and not self.answered:
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
         if self._open in ("thinking", "text"):
             self._delta({"type": self._open + "_delta", self._open: ""})
@@ -3031,7 +3026,7 @@ class MessageEmitter:
 
     def finish(self) -> List[Json]:
         """End the message: sources, a note where the answer is empty or was stopped, the totals."""
-        reason, note = stop_reason(self.finish_reason, self.calls > 0)
+        reason, note = stop_reason(self.finish_reason, bool(self.tool_uses))
         if self._block_reason and not self.answered:
             reason, note = "refusal", "The model refused this prompt: %s." % self._block_reason
         note = note.replace("{}", self._finish_message).strip()
@@ -3088,11 +3083,11 @@ class MessageEmitter:
             self._paragraph("![%s](%s)" % (mime, uri))
 
     def _thought(self, text: str, signature: str) -> None:
-        if not self._thinking:
+        if not self._translation.thinking:
             return
         if self._open != "thinking" or (signature and self._signature):
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
-        shown = self._thinking == "shown"
+        shown = self._translation.thinking == "shown"
         if text or not signature:
             self._delta({"type": "thinking_delta", "thinking": text if shown else ""})
         if signature and shown:  # it is sent back whole, or not at all
@@ -3112,25 +3107,24 @@ class MessageEmitter:
     def _function_call(self, call: Json, signature: str, upstream_id: str) -> None:
         """Emit a call once. If thinking is on, a thinking block before it has its signature, which
         so survives a restart of the proxy. Our id contains the upstream's (`call_id`)."""
-        name, args = call.get("name"), call.get("args") or {}
+        t, name, args = self._translation, call.get("name"), call.get("args") or {}
         if not isinstance(args, dict):
             raise TypeError("arguments that are no object")
         seen = (call.get("id"), name, upstream_json(args))
-        if not name or (self._single_call and self.calls) or seen in self._seen_calls:
+        if not name or (t.single_call and self.tool_uses) or seen in self._seen_calls:
             return
         if call.get("id"):
             self._seen_calls.add(seen)
-        if signature and self._thinking:
+        if signature and t.thinking:
             if self._open != "thinking" or self._signature:
                 self._open_block({"type": "thinking", "thinking": "", "signature": ""})
             self._signature = CALL_MARK + signature
         tool_use_id = self._new_id("toolu_") + ("_" + upstream_id if upstream_id else "")
         if signature:
             self._remember(tool_use_id, signature)
-        name = client_name(name, self._names, self._lower_names)
-        args = repair_arguments(args, self._schemas.get(name) or {})
+        name = client_name(name, t.names, self._lower_names)
+        args = repair_arguments(args, t.schemas.get(name) or {})
         self._tool_use({"type": "tool_use", "id": tool_use_id, "name": name}, args)
-        self.calls += 1
         self.tool_uses.append({"id": tool_use_id, "name": name, "input": args})
 
     def _tool_use(self, block: Json, args: Json) -> None:
@@ -3205,7 +3199,8 @@ class MessageEmitter:
         if self._open == "thinking":  # always one signature: clients may drop a block without
             self._delta({"type": "signature_delta", "signature": self._signature or THOUGHT_MARK})
         elif self._open == "text" and self._signature:
-            self._remember(text_key("".join(self._texts), self._session), self._signature)
+            key = text_key("".join(self._texts), self._translation.history.session)
+            self._remember(key, self._signature)
         self._out.append({"type": "content_block_stop", "index": self._index})
         self._open = self._signature = ""
         self._texts = []
@@ -3213,6 +3208,7 @@ class MessageEmitter:
     def _take(self) -> List[Json]:
         out, self._out = self._out, []
         return out
+
 
 def upstream_json(value: Any) -> str:
     """JSON of what an upstream has sent; ValueError if that cannot be written."""
@@ -3395,17 +3391,13 @@ def message_from_events(events: Iterable[Json]) -> Json:
     return message
 
 
-DELTA_TEXTS = {"text_delta": "text", "thinking_delta": "thinking",
-               "input_json_delta": "partial_json"}
-
-
 def add_delta(block: Json, pieces: List[str], delta: Json) -> None:
     if delta["type"] == "signature_delta":
         block["signature"] = delta["signature"]
     elif delta["type"] == "citations_delta":
         block["citations"].append(delta["citation"])
     else:
-        pieces.append(delta[DELTA_TEXTS[delta["type"]]])
+        pieces += [delta[name] for name in ("text", "thinking", "partial_json") if name in delta]
 
 
 # ---- 9. Auto mode: a model's verdict on tool calls (pure) -----------------------------------
@@ -6036,7 +6028,8 @@ class ProxyHandler(HTTPHandler):
         """For the log: what went wrong, and what the client had got by then."""
         why = "; " + problem if problem else ""
         if status != 200 and emitter.has_started:
-            why += "; after %d characters and %d calls" % (emitter.characters, emitter.calls)
+            why += "; after %d characters and %d calls" % (
+                emitter.characters, len(emitter.tool_uses))
         return why
 
     def log_fields(self, exchange: Exchange, emitter: MessageEmitter, status: int,
