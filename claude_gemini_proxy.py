@@ -2480,29 +2480,20 @@ def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json
     texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
     calls = []
     for part in parts:
-        signature = part.get("thoughtSignature") or ""
-        call = part.get("functionCall")
+        signature, call = part.get("thoughtSignature", ""), part.get("functionCall")
         kept = kept_fields(signature, dialect) if call or signature not in returned else {}
         returned.add(signature)
         if call:
-            extras = {field: kept.pop(field) for field in CALL_EXTRAS if field in kept}
-            calls.append(dict(openai_call(call, dialect), **extras))
+            calls.append({"id": openai_id(call["id"], dialect), "type": "function", "function": {
+                "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")},
+                **{field: kept.pop(field) for field in CALL_EXTRAS if field in kept}})
         message.update(kept)
     if calls:
         message["tool_calls"] = calls
-    if texts or needs_content(calls, dialect):
+    # LiteLLM, which sends provider_specific_fields, would make an empty part of an empty text
+    if texts or not calls or (dialect == "other" and "provider_specific_fields" not in calls[0]):
         message["content"] = "\n\n".join(texts)
     return message
-
-
-def needs_content(calls: Sequence[Json], dialect: str) -> bool:
-    """Whether a message without text has a `content`. LiteLLM would make an empty part of it."""
-    return not calls or (dialect == "other" and "provider_specific_fields" not in calls[0])
-
-
-def openai_call(call: Json, dialect: str) -> Json:
-    return {"id": openai_id(call["id"], dialect), "type": "function", "function": {
-        "name": call["name"], "arguments": dump_json(call["args"]).decode("ascii")}}
 
 
 def openai_id(id_: str, dialect: str) -> str:
@@ -2587,8 +2578,9 @@ def openai_reasoning(request: Json, t: Translation, dialect: str, limit: int) ->
 
 def mark_cache(messages: List[Json]) -> None:
     """Anthropic's models cache only up to a mark: one behind the system prompt, one at the end."""
-    last = next((m for m in reversed(messages) if m["role"] == "user"), None)
-    for message in [m for m in messages[:1] if m["role"] == "system"] + ([last] if last else []):
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    users = [message for message in messages if message["role"] == "user"]
+    for message in system + users[-1:]:
         if isinstance(message["content"], str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         message["content"][-1]["cache_control"] = {"type": "ephemeral"}
@@ -2616,23 +2608,23 @@ class ChunksFromOpenAI:
             if not self._streams:  # some end a stream with the whole message, too
                 delta = choice.get("message") or {}
             self._refuses = self._refuses or bool(delta.get("refusal"))
-            candidate: Json = {"content": {"parts": self._parts(delta)}}
+            candidate: Json = {"content": {"parts": self._parts(delta)}, "groundingMetadata":
+                               openai_sources(delta.get("annotations") or ())}
             if choice.get("finish_reason") and not self._finished:
                 self._finished = True
-                self._finish(choice["finish_reason"], candidate)
-            sources = openai_sources(delta.get("annotations") or ())
-            candidate.update({"groundingMetadata": sources} if sources else {})
+                finish = choice["finish_reason"]
+                reason = OPENAI_FINISH.get(finish, finish.upper())
+                self._finish("REFUSAL" if self._refuses else reason, candidate)
             usage = openai_usage(chunk.get("usage") or choice.get("usage"))
-        return dict({"candidates": [candidate]}, **{"usageMetadata": usage} if usage else {})
+        return {"candidates": [candidate], "usageMetadata": usage}
 
     def end(self) -> List[Json]:
         """What is left when the stream ends without a finish_reason."""
         candidate: Json = {"content": {"parts": []}}
         with MalformedChunks():
-            malformed = self._take_calls(candidate["content"]["parts"])
-        if malformed:
-            candidate.update(finishReason="MALFORMED_FUNCTION_CALL", finishMessage=malformed)
-        return [{"candidates": [candidate]}] if malformed or candidate["content"]["parts"] else []
+            self._finish("", candidate)
+        is_empty = not candidate["finishReason"] and not candidate["content"]["parts"]
+        return [] if is_empty else [{"candidates": [candidate]}]
 
     def _parts(self, delta: Json) -> List[Json]:
         """The parts that need not wait for the end."""
@@ -2647,9 +2639,8 @@ class ChunksFromOpenAI:
             self._tool_call(call)
         return parts
 
-    def _finish(self, finish: str, candidate: Json) -> None:
+    def _finish(self, reason: str, candidate: Json) -> None:
         """Complete the last candidate: its calls, and why the answer ended."""
-        reason = "REFUSAL" if self._refuses else OPENAI_FINISH.get(finish, finish.upper())
         malformed = self._take_calls(candidate["content"]["parts"])
         if malformed and reason != "MAX_TOKENS":
             reason, candidate["finishMessage"] = "MALFORMED_FUNCTION_CALL", malformed
