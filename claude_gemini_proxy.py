@@ -1237,14 +1237,6 @@ _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 
 
-class Call(NamedTuple):
-    """A tool call of the history: the client's id, and the id and name it has upstream."""
-
-    tool_use_id: str
-    upstream_id: str
-    name: str
-
-
 class History:
     """The state of the fold over a conversation's turns: all that a turn's translation knows of the
     turns before it, and what they leave for the rest of the request."""
@@ -1254,7 +1246,8 @@ class History:
         self.system: List[str] = []           # texts of system messages that lead
         self.effort = ""                      # set by a system message
         self.role = ""                        # of the last content
-        self.calls: Dict[str, Call] = {}      # by upstream id; those that wait for their results
+        # calls that wait for their results: id upstream -> (the client's id, name upstream)
+        self.calls: Dict[str, Tuple[str, str]] = {}
         self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
         self.signatures = Counts()            # how the calls were signed, for /metrics
@@ -1483,7 +1476,7 @@ def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Jso
     Calls without a result get an error, results without a call become text."""
     results: Dict[str, Deque[Tuple[Json, List[Json]]]] = {}
     others: List[Json] = []
-    known = {call.tool_use_id for call in t.history.calls.values()}
+    known = {tool_use_id for tool_use_id, _ in t.history.calls.values()}
     for t.place, block in blocks:
         if block["type"] != "tool_result":
             others += USER_PARTS.get(block["type"], other_parts)(block, t)
@@ -1497,10 +1490,10 @@ def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Jso
             others += media
     responses: List[Json] = []
     beside: List[Json] = []
-    for call in t.history.calls.values():
-        queue = results.get(call.tool_use_id)
+    for upstream_id, (tool_use_id, name) in t.history.calls.items():
+        queue = results.get(tool_use_id)
         response, media = queue.popleft() if queue else ({"error": NO_RESULT}, [])
-        function_response = {"id": call.upstream_id, "name": call.name, "response": response}
+        function_response = {"id": upstream_id, "name": name, "response": response}
         for part in media:
             mime = (part.get("inlineData") or part["fileData"])["mimeType"]
             if t.rule.generation > 2 and mime in RESPONSE_MEDIA:
@@ -1580,10 +1573,10 @@ def tool_use_parts(block: Json, t: Translation) -> List[Json]:
     tool_use_id = t.expect(block.get("id") or "", str, ".id")
     args = {} if block.get("input") is None else block["input"]
     args = args if isinstance(args, dict) else {"value": args}
-    call = Call(tool_use_id, call_id(tool_use_id, t), short_name(name, t.tool_name))
-    t.history.calls[call.upstream_id] = call
+    call = {"id": call_id(tool_use_id, t), "name": short_name(name, t.tool_name), "args": args}
+    t.history.calls[call["id"]] = (tool_use_id, call["name"])
     t.history.loaded.setdefault(name, True)
-    part = {"functionCall": {"id": call.upstream_id, "name": call.name, "args": args}}
+    part = {"functionCall": call}
     kept = t.lookup(tool_use_id) if tool_use_id else None
     returned, t.from_client = t.from_client, ""
     if kept and t.takes(kept):
@@ -1601,24 +1594,19 @@ def call_id(tool_use_id: str, t: Translation) -> str:
     own = _OPENAI_ID.fullmatch(tool_use_id) if t.rule.generation == 0 else None
     plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
     if own:
-        with contextlib.suppress(ValueError):  # not one of ours
-            padded = own.group(1) + "=" * (-len(own.group(1)) % 4)
-            plain = base64.urlsafe_b64decode(padded).decode("utf-8")
+        with contextlib.suppress(ValueError):  # not one of ours; needless padding does no harm
+            plain = base64.urlsafe_b64decode(own.group(1) + "==").decode("utf-8")
     for other in (plain, "%s_%d" % (plain, len(t.history.calls))):
         if other not in t.history.calls:
             return other
     return "call_" + short_hash("%s %d" % (plain, len(t.history.calls)))
 
 
-def short_name(name: str, allowed: Any) -> str:
+def short_name(name: str, allowed: Any = _FUNCTION_NAME) -> str:
     """A tool's name as the upstream takes it: itself, or a stable alias that ends in its hash."""
     if allowed.fullmatch(name):
         return name
     return "%s_%s" % (re.sub(r"[^A-Za-z0-9_]|^(?![A-Za-z_])", "_", name)[:47], short_hash(name))
-
-
-def gemini_name(name: str) -> str:
-    return short_name(name, _FUNCTION_NAME)
 
 
 def short_hash(text: str) -> str:
@@ -1702,7 +1690,7 @@ def valid_base64(data: str, what: str, t: Translation) -> str:
 def image_type(data: str, t: Translation) -> str:
     """The MIME type by the first bytes, or ""."""
     try:
-        head = base64.urlsafe_b64decode(data[:16].replace("+", "-").replace("/", "_"))
+        head = base64.urlsafe_b64decode(data[:16])  # takes both alphabets
     except ValueError:
         if len(data) < 16:
             return ""
@@ -1870,7 +1858,7 @@ def declaration(tool: Json) -> Json:
     """A tool -> functionDeclaration. Its schema goes through parametersJsonSchema: an unknown
     keyword in `parameters` would cost the whole request a 400."""
     description = tool.get("description")
-    return {"name": gemini_name(tool["name"]),
+    return {"name": short_name(tool["name"]),
             "description": description if isinstance(description, str) else "",
             "parametersJsonSchema": to_gemini_schema(tool.get("input_schema") or {}, root=True)}
 
@@ -1888,19 +1876,18 @@ def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str],
                 names: Mapping[str, str]) -> Json:
     """`tools` and `toolConfig` of the body; nothing where there are no tools."""
     tools: List[Json] = [{name: {}} for name in built_in]
-    tool_config: Json = {}
-    if functions:
-        tools.insert(0, {"functionDeclarations": [declared for declared, _ in functions]})
-        tool_config = function_calling(choice, names)
-    if functions and built_in:
-        tool_config["includeServerSideToolInvocations"] = True
-    fields = {"tools": tools, "toolConfig": tool_config}
-    return {name: value for name, value in fields.items() if value}
+    if not functions:
+        return {"tools": tools} if tools else {}
+    tools.insert(0, {"functionDeclarations": [declared for declared, _ in functions]})
+    config = function_calling(choice, names)
+    if built_in:
+        config["includeServerSideToolInvocations"] = True
+    return {"tools": tools, "toolConfig": config} if config else {"tools": tools}
 
 
 def function_calling(choice: Json, names: Mapping[str, str]) -> Json:
     """tool_choice -> toolConfig; a choice that names no declared function leaves Gemini free."""
-    kind, name = choice.get("type"), gemini_name(str(choice.get("name")))
+    kind, name = choice.get("type"), short_name(str(choice.get("name")))
     if kind not in ("auto", "any", "tool", "none", None):
         raise invalid("tool_choice.type: must be auto, any, tool or none, not %s"
                       % json.dumps(kind)[:80])
@@ -2016,7 +2003,8 @@ def _as_object(node: Json) -> Json:
         for name, prop in branch.get("properties", {}).items():
             out["properties"].setdefault(name, prop)
     needs = [branch.get("required", []) for branch in branches]
-    common = _in_all(needs)
+    first = needs[0] if needs else []
+    common = [name for name in first if all(name in names for names in needs)]
     if common:
         out["required"] = common
     hints = [node["description"]] if "description" in node else []
@@ -2024,11 +2012,6 @@ def _as_object(node: Json) -> Json:
     if hints:
         out["description"] = "; ".join(hints)
     return out
-
-
-def _in_all(lists: Sequence[List[str]]) -> List[str]:
-    first = lists[0] if lists else []
-    return [item for item in first if all(item in other for other in lists)]
 
 
 class SchemaCleaner:
@@ -2161,7 +2144,6 @@ def _described(node: Json, schema: Json, hints: Sequence[str]) -> Json:
 
 
 def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
-    """enum, format, pattern and bounds."""
     kind, form = node["type"], schema.get("format")
     _enum(_values(schema), node, hints)
     if form in _FORMATS.get(kind, ()):
@@ -2177,11 +2159,10 @@ def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
 
 def _enum(values: List[Any], node: Json, hints: List[str]) -> None:
     """Gemini's enum takes texts, if not empty; other values become a hint."""
-    is_string = node["type"] == "string"
-    texts = [value for value in values if _is_text(value)] if is_string else []
+    texts = [value for value in values if _is_text(value)] if node["type"] == "string" else []
     if texts:
         node["enum"] = list(dict.fromkeys(texts))
-    if "" in values and is_string:
+    if "" in values and node["type"] == "string":
         hints.append('or "" (empty)')
     elif values and not texts:
         hints.append("one of: %s" % short_json(values, 500)[1:].rstrip("]"))
@@ -2261,17 +2242,12 @@ def _types(schema: Json) -> List[str]:
     named = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
     types = [kind.lower() for kind in named if isinstance(kind, str) and kind.lower() in _TYPES]
     if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
-        types = _implied_types(schema)
+        implied = (["object"] if isinstance(schema.get("properties"), dict)
+                   else ["array"] if "items" in schema else [])
+        types = sorted({_json_type(value) for value in _values(schema)}) or implied
     if types and "null" not in types and schema.get("nullable") is True:
         types.append("null")
     return types
-
-
-def _implied_types(schema: Json) -> List[str]:
-    types = sorted({_json_type(value) for value in _values(schema)})
-    if types or isinstance(schema.get("properties"), dict):
-        return types or ["object"]
-    return ["array"] if "items" in schema else []
 
 
 def _values(schema: Json) -> List[Any]:
@@ -2334,9 +2310,7 @@ def with_plain_tools(body: Json) -> Json:
         return {key: plain(value, key == "properties" and not is_map) for key, value in node.items()
                 if is_map or key not in limits}
 
-    return with_declarations(body, lambda function: {
-        key: plain(value) if key.startswith("parameters") else value
-        for key, value in function.items()})
+    return with_declarations(body, plain)
 
 
 LEVEL_REPAIR = "thinkingLevel "

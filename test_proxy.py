@@ -1482,9 +1482,9 @@ REQUEST_CASES = (  # name, request, the fields that the Gemini body must have
             user("a", "b")),
     ("tool_choice of a long name",
      request(tools=[tool(LONG_A), tool(LONG_B)], tool_choice={"type": "tool", "name": LONG_B}),
-     {"tools": declared(proxy.gemini_name(LONG_A), proxy.gemini_name(LONG_B)),
+     {"tools": declared(proxy.short_name(LONG_A), proxy.short_name(LONG_B)),
       "toolConfig": {"functionCallingConfig": {
-          "mode": "ANY", "allowedFunctionNames": [proxy.gemini_name(LONG_B)]}}}),
+          "mode": "ANY", "allowedFunctionNames": [proxy.short_name(LONG_B)]}}}),
     ("tool_choice without tools", request(tool_choice={"type": "any"}),
      {"toolConfig": None, "tools": None}),
     ("deferred tools wait for their reference",
