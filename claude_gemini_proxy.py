@@ -1221,16 +1221,15 @@ def check_stops(stops: List[Any]) -> None:
 # ---- 5. Anthropic request -> Gemini request (pure) ------------------------------------------
 
 Lookup = Callable[[str], Optional[str]]
-Declare = Callable[[Json], Json]
-ReadHistory = Callable[[Json, "Translation"], List[Json]]
+Declare = Optional[Callable[[Json], Json]]
+ReadHistory = Optional[Callable[[Json, "Translation"], List[Json]]]
 _FUNCTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,63}")
 # The documented dummy for a lost signature:
 # https://ai.google.dev/gemini-api/docs/thought-signatures (read 2026-11-20).
 DUMMY_SIGNATURE = "skip_thought_signature_validator"
 # The `signature` of a thinking block: that of the tool call behind it, or the thought's own.
 CALL_MARK, THOUGHT_MARK = "gemini-call:", "gemini-thought:"
-# For OpenAI-compatible upstreams: the mark of what must be sent back, kept like a signature; the
-# form of tool names; ids of ours that contain one of theirs.
+# OpenAI-compatible upstreams: the mark of what is kept for them; tool names; ids that hold theirs.
 OPENAI_RULE = ModelRule(("",), 0, (), (0, 0), True)  # of no generation of Gemini's
 OPENAI_MARK = "openai-"
 _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -1238,16 +1237,14 @@ _OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 
 
 class History:
-    """The state of the fold over a conversation's turns: all that a turn's translation knows of the
-    turns before it, and what they leave for the rest of the request."""
+    """What the turns before leave for a turn's translation, and all for the rest of the request."""
 
     def __init__(self) -> None:
         self.session = ""                     # hash of the conversation's first text, for text_key
         self.system: List[str] = []           # texts of system messages that lead
         self.effort = ""                      # set by a system message
         self.role = ""                        # of the last content
-        # calls that wait for their results: id upstream -> (the client's id, name upstream)
-        self.calls: Dict[str, Tuple[str, str]] = {}
+        self.calls: Dict[str, Tuple[str, str]] = {}  # open: id upstream -> (client's id, name)
         self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
         self.signatures = Counts()            # how the calls were signed, for /metrics
@@ -1268,7 +1265,6 @@ class Translation:
         self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
         self.schemas: Dict[str, Any] = {}     # the client's tool name -> its input_schema
         self.thinking = "shown"               # or "omitted", or "" for off
-        # whether the client wants one tool call at a time
         self.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
         self.notes: List[str] = []            # what was left out, for the log
         self.from_client = ""                 # signature in the thinking block before a call
@@ -1305,7 +1301,7 @@ _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 
 def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
-              declare: Optional[Declare] = None, read: Optional[ReadHistory] = None) -> Translation:
+              declare: Declare = None, read: ReadHistory = None) -> Translation:
     """Translate a checked Messages request into a generateContent body for `model`. `lookup` gives
     the thought signature kept for a tool_use id or `text_key`, or None; `declare` may remember what
     `declaration` makes of a tool, and `read` what read_history makes of messages. The request is
@@ -1314,7 +1310,7 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
     t = Translation(request, model_rule(model), lookup)
     contents = (read or read_history)(request, t)
     tools = offered_tools(request, t.history)
-    functions, built_in = declared_tools(tools, t, declare or declaration)
+    functions, built_in = declared_tools(tools, t, declare)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     thinking_config = thinking_from(request, t, limit)
     format_hint, generation = answer_format(request, bool(functions or built_in), t.rule)
@@ -1371,9 +1367,8 @@ def end_history(contents: List[Json], t: Translation) -> None:
 
 
 def to_turns(messages: Sequence[Any], history: History) -> List[Turn]:
-    """Merge messages into alternating turns. `role: system` messages may stand anywhere: leading
-    ones are system texts, later ones become reminders in the user turn beside them, which keeps the
-    prefix of the prompt unchanged."""
+    """Merge messages into alternating turns. Leading `role: system` messages are system texts,
+    later ones reminders in the user turn beside them: the prompt's prefix stays unchanged."""
     last_user = max((i for i, message in enumerate(messages)
                      if isinstance(message, dict) and message.get("role") == "user"), default=-1)
     turns: List[Turn] = []
@@ -1415,8 +1410,7 @@ def system_message(message: Json, blocks: List[Json], is_before_user: bool, hist
 
 
 def system_texts(system: Any, path: str) -> List[str]:
-    """Texts of a system prompt, without Claude Code's billing line: it differs by conversation and
-    would spoil the cache of the prompt's prefix."""
+    """Texts of a system prompt, without Claude Code's billing line: it would spoil the caching."""
     texts = []
     for j, block in enumerate(blocks_of(system, path)):
         if block["type"] != "text":
@@ -1474,16 +1468,16 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Js
 def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
     """Blocks of a user turn -> parts: a response for each open call, in call order, then the rest.
     Calls without a result get an error, results without a call become text."""
-    results: Dict[str, Deque[Tuple[Json, List[Json]]]] = {}
+    results: Dict[str, Deque[Tuple[Json, List[Json]]]] = {
+        tool_use_id: deque() for tool_use_id, _ in t.history.calls.values()}
     others: List[Json] = []
-    known = {tool_use_id for tool_use_id, _ in t.history.calls.values()}
     for t.place, block in blocks:
         if block["type"] != "tool_result":
             others += USER_PARTS.get(block["type"], other_parts)(block, t)
             continue
         tool_use_id, response, media = tool_result(block, t)
-        if tool_use_id in known:
-            results.setdefault(tool_use_id, deque()).append((response, media))
+        if tool_use_id in results:
+            results[tool_use_id].append((response, media))
         else:  # after a compaction, for example
             text = next(iter(response.values()))
             others += [{"text": "Result of an earlier tool call:\n%s" % text}] if text else []
@@ -1491,7 +1485,7 @@ def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Jso
     responses: List[Json] = []
     beside: List[Json] = []
     for upstream_id, (tool_use_id, name) in t.history.calls.items():
-        queue = results.get(tool_use_id)
+        queue = results[tool_use_id]
         response, media = queue.popleft() if queue else ({"error": NO_RESULT}, [])
         function_response = {"id": upstream_id, "name": name, "response": response}
         for part in media:
@@ -1518,7 +1512,6 @@ def tool_result(block: Json, t: Translation) -> Tuple[str, Json, List[Json]]:
 
 
 def inner_parts(content: Any, field: str, t: Translation) -> List[Json]:
-    """The parts of the blocks in a field of the current block."""
     parts: List[Json] = []
     outer = t.inner
     for j, block in enumerate(blocks_of(content, t.path(field))):
@@ -1534,7 +1527,6 @@ def text_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def model_text_parts(block: Json, t: Translation) -> List[Json]:
-    """Text of an earlier answer, with the signature that came with it."""
     parts = text_parts(block, t)
     signature = t.lookup(text_key(parts[0]["text"], t.history.session)) if parts else None
     if signature and t.takes(signature):
@@ -1566,7 +1558,6 @@ def is_base64(text: str) -> bool:
 
 
 def tool_use_parts(block: Json, t: Translation) -> List[Json]:
-    """A tool_use block -> functionCall with the signature that belongs to it."""
     name = t.expect(block.get("name"), str, ".name")
     if not name:
         raise t.invalid(".name", "a tool name is required")
@@ -1589,8 +1580,7 @@ def tool_use_parts(block: Json, t: Translation) -> List[Json]:
 
 
 def call_id(tool_use_id: str, t: Translation) -> str:
-    """The id of a call for the upstream: its own where ours contains it, else the client's where
-    that is plain, else a short stable one."""
+    """A call's id upstream: its own where ours contains it, the client's if plain, or a hash."""
     own = _OPENAI_ID.fullmatch(tool_use_id) if t.rule.generation == 0 else None
     plain = tool_use_id if _PLAIN_ID.fullmatch(tool_use_id) else "call_" + short_hash(tool_use_id)
     if own:
@@ -1616,14 +1606,11 @@ def short_hash(text: str) -> str:
 # Media that a functionResponse may hold (3 and later):
 # https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
 RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
+MEDIA_BLOCKS = {"image": ("image", "image/jpeg"), "document": ("pdf", "application/pdf")}
 URL_TYPES = {"png": "image/png", "webp": "image/webp", "heic": "image/heic",
              "pdf": "application/pdf", "txt": "text/plain"}
 MAGIC_BYTES = (("image/png", b"\x89PNG"), ("image/jpeg", b"\xff\xd8\xff"), ("image/gif", b"GIF8"),
                ("application/pdf", b"%PDF"))
-
-
-def image_parts(block: Json, t: Translation) -> List[Json]:
-    return [media_part(t.expect(block.get("source"), dict, ".source"), "image", t)]
 
 
 def document_parts(block: Json, t: Translation) -> List[Json]:
@@ -1636,7 +1623,7 @@ def document_parts(block: Json, t: Translation) -> List[Json]:
         return head + inner_parts(source.get("content"), ".source.content", t)
     is_text = kind == "base64" and str(source.get("media_type")).startswith("text/")
     if kind != "text" and not is_text:
-        return head + [media_part(source, "pdf", t)]
+        return head + media_parts(block, t)
     text = t.expect(source.get("data"), str, ".source.data")
     if is_text:
         try:
@@ -1646,10 +1633,11 @@ def document_parts(block: Json, t: Translation) -> List[Json]:
     return head + ([{"text": text}] if text else [])
 
 
-def media_part(source: Json, what: str, t: Translation) -> Json:
+def media_parts(block: Json, t: Translation) -> List[Json]:
     """A base64 or URL source of an image or pdf -> inlineData or fileData. The wordings make Claude
     Code drop the medium and go on (facts measured 2026-11-20)."""
-    default_type = "image/jpeg" if what == "image" else "application/pdf"
+    what, default_type = MEDIA_BLOCKS[block["type"]]
+    source = t.expect(block.get("source"), dict, ".source")
     kind = source.get("type")
     if kind == "file":
         raise t.invalid(
@@ -1663,7 +1651,7 @@ def media_part(source: Json, what: str, t: Translation) -> Json:
             if not re.match(r"(?i)(https?|gs)://\S+$", url):
                 raise t.invalid(".source.url", "must be an http, https, gs or data URL")
             suffix = re.sub(r"[?#].*", "", url).rpartition(".")[2].lower()
-            return {"fileData": {"mimeType": URL_TYPES.get(suffix, default_type), "fileUri": url}}
+            return [{"fileData": {"mimeType": URL_TYPES.get(suffix, default_type), "fileUri": url}}]
         source = {"media_type": inline.group(1), "data": url[inline.end():]}
     data = valid_base64(t.expect(source.get("data"), str, ".source.data"), what, t)
     mime = t.expect(source.get("media_type") or default_type, str, ".source.media_type")
@@ -1674,11 +1662,10 @@ def media_part(source: Json, what: str, t: Translation) -> Json:
                             "image/gif; send PNG, JPEG, WEBP, HEIC or HEIF")
     t.history.media += 1
     t.history.media_bytes += len(data)
-    return {"inlineData": {"mimeType": mime, "data": data}}
+    return [{"inlineData": {"mimeType": mime, "data": data}}]
 
 
 def valid_base64(data: str, what: str, t: Translation) -> str:
-    """The data, if need be without white space."""
     if not data:
         raise t.invalid(".source.data", "%s cannot be empty" % what)
     for text in (data, "".join(data.split())):
@@ -1758,7 +1745,7 @@ def other_parts(block: Json, t: Translation) -> List[Json]:
 
 
 USER_PARTS = {
-    "text": text_parts, "image": image_parts, "document": document_parts,
+    "text": text_parts, "image": media_parts, "document": document_parts,
     "search_result": search_result_parts, "compaction": compaction_parts,
     "tool_reference": tool_reference_parts, "tool_addition": tool_change_parts,
     "tool_removal": tool_change_parts, "container_upload": refused_parts,
@@ -1819,8 +1806,7 @@ def offered_tools(request: Json, history: History) -> List[Json]:
             if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
 
 
-def declared_tools(tools: Sequence[Json], t: Translation,
-                 declare: Declare) -> Tuple[List[Tuple[Json, Json]], List[str]]:
+def declared_tools(tools: Sequence[Json], t: Translation, declare: Declare) -> Tuple[List, List]:
     """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
     functions: List[Tuple[Json, Json]] = []
     built_in: List[str] = []
@@ -1833,7 +1819,7 @@ def declared_tools(tools: Sequence[Json], t: Translation,
         if own:
             built_in += [own] if own not in built_in else []
         elif known or kind == "custom" or tool.get("input_schema") is not None:
-            functions.append((declare(tool), tool))
+            functions.append(((declare or declaration)(tool), tool))
             t.schemas[tool["name"]] = tool.get("input_schema")
         else:
             dropped.append("%s (%s)" % (tool["name"][:100], kind[:100]))
@@ -1874,7 +1860,6 @@ def search_hints(tools: Sequence[Json]) -> List[str]:
 
 def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str], choice: Json,
                 names: Mapping[str, str]) -> Json:
-    """`tools` and `toolConfig` of the body; nothing where there are no tools."""
     tools: List[Json] = [{name: {}} for name in built_in]
     if not functions:
         return {"tools": tools} if tools else {}
@@ -1965,7 +1950,6 @@ GEMINI_SAMPLING = {"temperature": "temperature", "top_p": "topP", "top_k": "topK
 
 
 def sampling(request: Json, fields: Mapping[str, str]) -> Json:
-    """Sampling and stops by the upstream's names for them."""
     return {theirs: request[ours] for ours, theirs in fields.items()
             if request.get(ours) not in (None, [])}
 
@@ -1980,7 +1964,9 @@ _HANDLED_KEYWORDS = frozenset(
     "writeOnly deprecated nullable type properties required items prefixItems enum const anyOf "
     "oneOf allOf description title format default minimum maximum pattern additionalProperties "
     "minItems maxItems minLength maxLength propertyOrdering contentMediaType".split())
-_TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
+_JSON_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object",
+               list: "array", type(None): "null"}
+_TYPES = frozenset(_JSON_TYPES.values())
 _FORMATS = {"string": ("date-time",), "integer": ("int32", "int64"), "number": ("float", "double")}
 MAX_SCHEMA_DEPTH, MAX_SCHEMA_NODES = 20, 2000
 # References and alternatives can multiply a schema. What its result may cost, in characters.
@@ -2057,8 +2043,7 @@ class SchemaCleaner:
     def is_spent(self) -> bool:
         return self.nodes_left < 0 or self.cost_left < 0
 
-    def resolved(self, schema: Json, refs: Tuple[str, ...],
-                 depth: int) -> Tuple[Json, Tuple[str, ...]]:
+    def resolved(self, schema: Json, refs: Tuple, depth: int) -> Tuple[Json, Tuple]:
         """Put local `$ref`s and `allOf` members into the node itself; a cycle becomes an object."""
         while isinstance(schema.get("$ref"), str) and self.cost_left > 0:
             ref = schema["$ref"]
@@ -2096,7 +2081,6 @@ class SchemaCleaner:
         return {"anyOf": found} if len(found) > 1 else found[0] if found else _any_value()
 
     def typed(self, schema: Json, kind: str, hints: List[str]) -> Json:
-        """A node of one type, with the keywords that this type may have."""
         node: Json = {"type": kind}
         if kind == "object":
             node.update(self.members(schema))
@@ -2244,7 +2228,7 @@ def _types(schema: Json) -> List[str]:
     if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
         implied = (["object"] if isinstance(schema.get("properties"), dict)
                    else ["array"] if "items" in schema else [])
-        types = sorted({_json_type(value) for value in _values(schema)}) or implied
+        types = sorted({_JSON_TYPES[type(value)] for value in _values(schema)}) or implied
     if types and "null" not in types and schema.get("nullable") is True:
         types.append("null")
     return types
@@ -2253,11 +2237,6 @@ def _types(schema: Json) -> List[str]:
 def _values(schema: Json) -> List[Any]:
     """The values that enum or const allow."""
     return _list(schema, "enum") or ([schema["const"]] if "const" in schema else [])
-
-
-def _json_type(value: Any) -> str:
-    return {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object",
-            list: "array"}.get(type(value), "null")
 
 
 def strict_schema(node: Json) -> Json:
@@ -2283,7 +2262,6 @@ def strict_schema(node: Json) -> Json:
 
 
 def with_declarations(body: Json, change: Callable[[Json], Json]) -> Json:
-    """The same request with each function declaration changed."""
     tools = [{"functionDeclarations": [change(each) for each in tool["functionDeclarations"]]}
              if "functionDeclarations" in tool else tool for tool in body.get("tools", ())]
     return dict(body, tools=tools) if tools else body
@@ -2314,6 +2292,7 @@ def with_plain_tools(body: Json) -> Json:
 
 
 LEVEL_REPAIR = "thinkingLevel "
+# not all models have MINIMAL
 LOWER_LEVELS = {"XHIGH": "HIGH", "HIGH": "MEDIUM", "MEDIUM": "LOW", "MINIMAL": "LOW"}
 
 
@@ -2345,8 +2324,7 @@ def with_dummy_signatures(body: Json) -> Json:
 
 
 def with_other_level(body: Json) -> Json:
-    """The same request with the next lower thinking level (LOW instead of MINIMAL, which not all
-    models have); below LOW, without one."""
+    """The same request with the level of LOWER_LEVELS; below LOW, without thinkingConfig."""
     level = LOWER_LEVELS.get(thinking_level(body))
     if not level:
         return without_thinking_config(body)
@@ -3292,7 +3270,7 @@ def allowed_types(schema: Any) -> List[str]:
 
 def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Facts) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
-    kind = _json_type(value)
+    kind = _JSON_TYPES[type(value)]
     if kind == "object" and "object" in types:
         return repair_arguments(value, schema, facts)
     if kind == "array" and "array" in types:
@@ -3312,7 +3290,7 @@ def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Facts) -
 
 def _of_types(value: Any, types: Sequence[str], otherwise: Any) -> Any:
     """The value if it is of one of the types, 5.0 as 5 where an integer is wanted."""
-    kind = _json_type(value)
+    kind = _JSON_TYPES[type(value)]
     if kind in types or (kind == "integer" and "number" in types):
         return value
     if kind == "number" and "integer" in types and value.is_integer() and abs(value) < 1 << 53:
@@ -4027,7 +4005,7 @@ class HistoryCache:
         self._pieces: "OrderedDict[Piece, None]" = OrderedDict()
         self.figures = {"bytes": 0, "hits": 0, "hit_bytes": 0}
 
-    def open(self, raw: bytes, client_key: Callable[[], str]) -> Tuple[Any, Optional[ReadHistory]]:
+    def open(self, raw: bytes, client_key: Callable[[], str]) -> Tuple[Any, ReadHistory]:
         """-> (a request with only its new messages, what reads them), or (the request, None)"""
         if self._limit and len(raw) >= self.LEAST_MESSAGES:
             with contextlib.suppress(ProxyError, ValueError, RecursionError):
@@ -5850,7 +5828,7 @@ class ProxyHandler(HTTPHandler):
             self.log_exchange(exchange, emitter, status, problem)
 
     def begin(self, request: Json, size: int,
-              read: Optional[ReadHistory] = None) -> Tuple[Exchange, MessageEmitter]:
+              read: ReadHistory = None) -> Tuple[Exchange, MessageEmitter]:
         """A request on its way, if the budget covers it, and what makes its answer."""
         server, config = self.server, self.server.config
         lookup = functools.partial(server.signatures.get, owner=owner_of(self.client_key()))
