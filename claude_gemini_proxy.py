@@ -2366,14 +2366,13 @@ OPENAI_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "stop_sequenc
 
 
 def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
-              declare: Optional[Declare] = None, dialect: str = "other") -> Translation:
-    """Translate a checked Messages request into a chat.completions body. The history is repaired as
-    for Gemini: it is made from the same contents. `dialect` is openrouter, openai (OpenAI's own
-    server) or other. Otherwise as to_gemini."""
+              declare: Declare = None, dialect: str = "other") -> Translation:
+    """Translate a checked Messages request into a chat.completions body for a server of a
+    `dialect`. The messages are made from the contents for Gemini; all else is as in to_gemini."""
     t = Translation(request, OPENAI_RULE, lookup, _OPENAI_NAME)
     contents = read_history(request, t)
     tools = offered_tools(request, t.history)
-    functions, built_in = declared_tools(tools, t, declare or declaration)
+    functions, built_in = declared_tools(tools, t, declare)
     system = t.system + t.history.system + search_hints(tools)
     limit = min(request.get("max_tokens") or config.max_tokens_default, config.max_tokens_limit)
     t.body = {"model": model, "messages": openai_messages(system, contents, dialect),
@@ -2426,8 +2425,7 @@ def openai_messages(system: Sequence[str], contents: Sequence[Json], dialect: st
 
 def openai_assistant(parts: Sequence[Json], dialect: str, returned: set) -> Json:
     """Parts of a model turn -> one message. Without text its `content` is "": templates of small
-    servers fail without it, and null is refused. What was kept with a text is sent back once, also
-    where several texts are equal (`returned`)."""
+    servers need one, and null is refused. What was kept with equal texts goes into the first."""
     message: Json = {"role": "assistant"}
     texts = [part["text"] for part in parts if part.get("text") and not part.get("thought")]
     calls = []
@@ -2530,9 +2528,8 @@ def openai_reasoning(request: Json, t: Translation, dialect: str, limit: int) ->
 
 def mark_cache(messages: List[Json]) -> None:
     """Anthropic's models cache only up to a mark: one behind the system prompt, one at the end."""
-    system = [message for message in messages[:1] if message["role"] == "system"]
     users = [message for message in messages if message["role"] == "user"]
-    for message in system + users[-1:]:
+    for message in [m for m in messages[:1] if m["role"] == "system"] + users[-1:]:
         if isinstance(message["content"], str):
             message["content"] = [{"type": "text", "text": message["content"]}]
         message["content"][-1]["cache_control"] = {"type": "ephemeral"}
@@ -2565,8 +2562,8 @@ class ChunksFromOpenAI:
             if choice.get("finish_reason") and not self._finished:
                 self._finished = True
                 finish = choice["finish_reason"]
-                reason = OPENAI_FINISH.get(finish, finish.upper())
-                self._finish("REFUSAL" if self._refuses else reason, candidate)
+                self._finish("REFUSAL" if self._refuses
+                             else OPENAI_FINISH.get(finish, finish.upper()), candidate)
             usage = openai_usage(chunk.get("usage") or choice.get("usage"))
         return {"candidates": [candidate], "usageMetadata": usage}
 
@@ -2593,7 +2590,26 @@ class ChunksFromOpenAI:
 
     def _finish(self, reason: str, candidate: Json) -> None:
         """Complete the last candidate: its calls, and why the answer ended."""
-        malformed = self._take_calls(candidate["content"]["parts"])
+        calls, self._calls, self._by_index = self._calls, [], {}
+        parts, kept = candidate["content"]["parts"], self._take_kept(bool(calls))
+        malformed = ""
+        if not calls and set(kept) - {"reasoning_content"}:
+            parts.append({"text": "", "thoughtSignature": kept_signature(kept, self._dialect)})
+        for call in calls:
+            text = "".join(call["arguments"])
+            args = openai_arguments(text)
+            if args is None or not call["name"]:
+                malformed = "%s: %s" % (call["name"], text[:200])
+                continue
+            part: Json = {"functionCall": {"name": call["name"], "args": args}}
+            if call["id"]:
+                part["callId"] = base64.urlsafe_b64encode(
+                    call["id"][:4000].encode("utf-8", "replace")).decode("ascii").rstrip("=")
+            kept.update(call["extras"])
+            if kept:
+                part["thoughtSignature"] = kept_signature(kept, self._dialect)
+            kept = {}  # it goes with the first call
+            parts.append(part)
         if malformed and reason != "MAX_TOKENS":
             reason, candidate["finishMessage"] = "MALFORMED_FUNCTION_CALL", malformed
         candidate["finishReason"] = reason
@@ -2638,30 +2654,6 @@ class ChunksFromOpenAI:
         self._details, self._reasonings, self._thinking_blocks, self._extras = [], [], [], {}
         return {name: value for name, value in kept.items() if value}
 
-    def _take_calls(self, parts: List[Json]) -> str:
-        """Add the calls to parts. Returns a malformed one, or ""."""
-        calls, self._calls, self._by_index = self._calls, [], {}
-        kept = self._take_kept(bool(calls))
-        malformed = ""
-        if not calls and set(kept) - {"reasoning_content"}:
-            parts.append({"text": "", "thoughtSignature": kept_signature(kept, self._dialect)})
-        for call in calls:
-            text = "".join(call["arguments"])
-            args = openai_arguments(text)
-            if args is None or not call["name"]:
-                malformed = "%s: %s" % (call["name"], text[:200])
-                continue
-            part: Json = {"functionCall": {"name": call["name"], "args": args}}
-            if call["id"]:
-                part["callId"] = base64.urlsafe_b64encode(
-                    call["id"][:4000].encode("utf-8", "replace")).decode("ascii").rstrip("=")
-            kept.update(call["extras"])
-            if kept:
-                part["thoughtSignature"] = kept_signature(kept, self._dialect)
-            kept = {}  # it goes with the first call
-            parts.append(part)
-        return malformed
-
 
 def begins_call(call: Json, id_: str, name: str, has_arguments: bool) -> bool:
     """Whether a named piece is of another call: by its id or name, or as this one is complete."""
@@ -2674,10 +2666,7 @@ def begins_call(call: Json, id_: str, name: str, has_arguments: bool) -> bool:
 
 def openai_arguments(text: str) -> Optional[Json]:
     """A call's arguments; {} if there are none, None if they cannot be read."""
-    start = 0
-    while text.startswith("{}", start):  # some begin with an empty object
-        start += 2
-    text = text[start:]
+    text = re.sub(r"\A(?:\{\})+", "", text)  # some begin with an empty object
     try:
         args = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
         args = json.loads(args) if isinstance(args, str) else args
@@ -2722,8 +2711,7 @@ def openai_sources(annotations: Sequence[Json]) -> Json:
 
 
 def openai_usage(usage: Any) -> Json:
-    """usage -> usageMetadata, with OpenRouter's cost. Reasoning is a part of the completion, unless
-    the total shows that it is not."""
+    """usage -> usageMetadata. Reasoning is a part of the completion, unless the total says no."""
     if not usage or not isinstance(usage, dict):
         return {}
 
@@ -2787,15 +2775,11 @@ def without_media(message: Json) -> Json:
     return dict(message, content="\n\n".join(texts))
 
 
-def calls_with_reasoning(messages: Sequence[Json]) -> List[Json]:
-    """Calls whose reasoning is not known, with an empty one."""
-    return [dict({"reasoning_content": " "}, **message) if "tool_calls" in message else message
-            for message in messages]
-
-
 # What a 400 says -> (name of the repair for the log, how the messages change)
 OPENAI_REPAIRS = (
-    ("reasoning_content", "a call without reasoning_content", calls_with_reasoning),
+    ("reasoning_content", "a call without reasoning_content", lambda messages: [
+        dict({"reasoning_content": " "}, **message) if "tool_calls" in message else message
+        for message in messages]),
     ("(?i)unexpected role.{0,3}user.{0,9}after role.{0,3}tool", "a text after tools",
      users_into_tools),
     (r"(?i)content (?:blocks|part|type)|\b(?:image|images|file|multimodal|vision)\b", "media",
@@ -2842,9 +2826,7 @@ def without_own_thoughts(request: Json) -> Json:
 
 
 def translated(request: Json, config: Config, route: Route, lookup: Lookup = lambda key: None,
-               declare: Optional[Declare] = None,
-               read: Optional[ReadHistory] = None) -> Translation:
-    """A request in the form of the upstream that answers it."""
+               declare: Declare = None, read: ReadHistory = None) -> Translation:
     if route.upstream == "gemini":
         return to_gemini(request, route.model, config, lookup, declare, read)
     return to_openai(request, route.model, config, lookup, declare,
