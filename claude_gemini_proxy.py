@@ -2855,17 +2855,14 @@ FINISH_REASON_NAMES = (
 # An answer without text and calls that ends so is retried.
 ASK_AGAIN = frozenset({"", "STOP", "OTHER", "MALFORMED_FUNCTION_CALL", "UNEXPECTED_TOOL_CALL",
                        "MISSING_THOUGHT_SIGNATURE", "MALFORMED_RESPONSE"})
-
-
 CITATIONS_LIMIT = 500  # of one answer: each repeats its source
 
 
 class MessageEmitter:
-    """Turns the chunks of one answer into the events of one message. One thread at a time. start()
-    gives message_start; feed(chunks) what chunks add; finish() the end. Blocks are contiguous and
-    one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is called before
-    the signature's block is sent. When an answer was empty, `again()` lets the
-    next one continue the same message.
+    """Turns the chunks of one answer into the events of one message, by one thread: start(), feed()
+    for what chunks add, finish(); again() lets another answer continue the message. Blocks are
+    contiguous and one is open at a time. `new_id(prefix)` makes ids; `remember(key, signature)` is
+    called before the signature's block is sent.
     Source: https://docs.claude.com/en/api/messages-streaming (read 2026-11-20)."""
 
     def __init__(self, requested_model: str, new_id: Callable[[str], str],
@@ -2877,6 +2874,7 @@ class MessageEmitter:
         self.adopt(translation or Translation({}, model_rule(""), lambda key: None))
         self.tool_uses: List[Json] = []            # the calls given out: id, name and input
         self.safeguard_results: List[Json] = []    # what the end of the message says of them
+        self.has_started = False     # a block has been sent
         self.answered = False        # a text or a call has been sent
         self.characters = self._citations = 0
         self.usage: Json = {}
@@ -2906,8 +2904,7 @@ class MessageEmitter:
             "usage": full_usage({}, self.input_tokens)}}]
 
     def feed(self, chunks: Iterable[Json]) -> List[Json]:
-        """GenerateContentResponses -> events. Unknown parts and fields are ignored. Raises
-        ProxyError 500 for a chunk that is no such response."""
+        """Responses -> events. Unknown parts are ignored; ProxyError 500 for no response."""
         with MalformedChunks():
             for chunk in chunks:
                 self._chunk(chunk)
@@ -2932,11 +2929,6 @@ class MessageEmitter:
         self.usage = {}
 
     @property
-    def has_started(self) -> bool:
-        """A block has been sent."""
-        return self._index >= 0
-
-    @property
     def is_empty(self) -> bool:
         """Nothing was said or called, and asking again may help."""
         return not self.answered and not self._block_reason and self.finish_reason in ASK_AGAIN
@@ -2951,8 +2943,12 @@ class MessageEmitter:
 
     def finish(self) -> List[Json]:
         """End the message: sources, a note where the answer is empty or was stopped, the totals."""
-        reason, note = stop_reason(self.finish_reason, bool(self.tool_uses))
-        if self._block_reason and not self.answered:
+        reason = STOP_REASONS.get(self.finish_reason, "end_turn")
+        stopped = "The model stopped this answer: %s. {}" % self.finish_reason
+        note = STOP_NOTES.get(self.finish_reason, stopped)
+        if self.tool_uses:  # Gemini says STOP then, too
+            reason, note = "tool_use", ""
+        elif self._block_reason and not self.answered:
             reason, note = "refusal", "The model refused this prompt: %s." % self._block_reason
         note = note.replace("{}", self._finish_message).strip()
         if not note and not self.answered:
@@ -2972,8 +2968,7 @@ class MessageEmitter:
             delta["delta"]["safeguard_results"] = self.safeguard_results
         if self._edits_wanted:
             delta["context_management"] = {"applied_edits": []}
-        self._out += [delta, {"type": "message_stop"}]
-        return self._take()
+        return self._take() + [delta, {"type": "message_stop"}]
 
     def end_empty(self, input_tokens: int) -> None:
         """Be the answer to a request for no tokens (max_tokens 0)."""
@@ -3078,9 +3073,8 @@ class MessageEmitter:
         self._code_id = ""
 
     def _sources(self) -> int:
-        """groundingMetadata -> citations on the open text, then the search and its results. It
-        comes with the last chunk, when the text is out: the order is text, search, results, in
-        every delivery. Returns the number of searches."""
+        """groundingMetadata -> citations on the open text, then the search and its results: it
+        comes with the last chunk, when the text is out. Returns the number of searches."""
         sources = [web_source(c) for c in self._grounding.get("groundingChunks") or ()]
         queries = [str(query) for query in self._grounding.get("webSearchQueries") or ()]
         if not queries and not sources:
@@ -3110,6 +3104,7 @@ class MessageEmitter:
 
     def _open_block(self, block: Json) -> None:
         self._close()
+        self.has_started = True
         self._index += 1
         self._open = block["type"]
         self._out.append({"type": "content_block_start", "index": self._index,
@@ -3144,8 +3139,7 @@ def upstream_json(value: Any) -> str:
 
 
 def full_usage(usage: Json, estimate: int, searches: int = 0) -> Json:
-    """usageMetadata -> Anthropic's usage object with all fields that its published schema requires;
-    `estimate` is the input while there is no usageMetadata."""
+    """usageMetadata, or an estimated input -> usage, with all fields that its schema requires."""
     count = sane_counts(usage)
     cached, thoughts = count["cachedContentTokenCount"], count["thoughtsTokenCount"]
     fresh = max(0, count["promptTokenCount"] - cached) + count["toolUsePromptTokenCount"]
@@ -3181,34 +3175,20 @@ def has_parts(batch: Sequence[Json]) -> bool:
                if isinstance(candidate.get("content"), dict))
 
 
-def stop_reason(finish_reason: str, called: bool) -> Tuple[str, str]:
-    """finishReason -> (stop_reason, note for the reader). Gemini says STOP for tool calls, too."""
-    if called:
-        return "tool_use", ""
-    note = STOP_NOTES.get(finish_reason, "The model stopped this answer: %s. {}" % finish_reason)
-    return STOP_REASONS.get(finish_reason, "end_turn"), note
-
-
 def client_name(name: str, names: Mapping[str, str], lower_names: Mapping[str, str]) -> str:
-    """A called function's name -> the client's tool name, also where the model wrote
-    `default_api:Bash` or another case than declared. `lower_names` are `names` in lower case."""
+    """A function's name -> the client's tool name, also of `default_api:Bash` or another case."""
     if name in names:
         return names[name]
     bare = re.split(r"[:.]", name)[-1].lower()
     return lower_names.get(name.lower()) or lower_names.get(bare) or name
 
 
-class Facts:
-    """What schemas say of their values, found once for each: an array may have 100,000 items."""
-
-    def __init__(self) -> None:
-        self._found: Dict[Tuple[Any, int], Any] = {}
-
-    def of(self, find: Callable[[Any], Any], schema: Any) -> Any:
-        key = find, id(schema)
-        if key not in self._found:
-            self._found[key] = find(schema)
-        return self._found[key]
+def fact(facts: Dict[Any, Any], find: Callable[[Any], Any], schema: Any) -> Any:
+    """What `find` says of a schema, found once for each: an array may have 100,000 items."""
+    key = find, id(schema)
+    if key not in facts:
+        facts[key] = find(schema)
+    return facts[key]
 
 
 def required_names(schema: Json) -> Any:
@@ -3220,20 +3200,20 @@ def takes_empty(schema: Any) -> bool:
     return not isinstance(schema, dict) or "" in _values(schema)
 
 
-def repair_arguments(args: Json, schema: Json, facts: Optional[Facts] = None) -> Json:
+def repair_arguments(args: Json, schema: Json, facts: Optional[Dict[Any, Any]] = None) -> Json:
     """Arguments of a call with what Gemini is known to get wrong set right, by the client's schema:
     optional ones that are null or "" are left out, scalars of the wrong type are converted."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return args
-    facts = facts or Facts()
-    required = facts.of(required_names, schema)
+    facts = {} if facts is None else facts
+    required = fact(facts, required_names, schema)
     out = {}
     for name, value in args.items():
         prop = properties.get(name)
-        types = facts.of(allowed_types, prop)
+        types = fact(facts, allowed_types, prop)
         is_filler = (value is None and "null" not in types
-                     or value == "" and not facts.of(takes_empty, prop))
+                     or value == "" and not fact(facts, takes_empty, prop))
         if not (types and is_filler and name not in required):
             out[name] = repair_value(value, prop, types, facts) if types else value
     return out
@@ -3250,14 +3230,14 @@ def allowed_types(schema: Any) -> List[str]:
     return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
-def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Facts) -> Any:
+def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any, Any]) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
     kind = _JSON_TYPES[type(value)]
     if kind == "object" and "object" in types:
         return repair_arguments(value, schema, facts)
     if kind == "array" and "array" in types:
         items = schema.get("items")
-        inner = facts.of(allowed_types, items)
+        inner = fact(facts, allowed_types, items)
         return [repair_value(item, items, inner, facts) for item in value] if inner else value
     if kind == "string" and "string" not in types:  # what it says, if that is of a right type
         try:
@@ -3302,7 +3282,12 @@ def message_from_events(events: Iterable[Json]) -> Json:
             message["content"].append(block)
             pieces = []
         elif kind == "content_block_delta":
-            add_delta(block, pieces, event["delta"])
+            delta = event["delta"]
+            if delta["type"] == "signature_delta":
+                block["signature"] = delta["signature"]
+            elif delta["type"] == "citations_delta":
+                block["citations"].append(delta["citation"])
+            pieces += [delta[key] for key in ("text", "thinking", "partial_json") if key in delta]
         elif kind == "content_block_stop" and pieces:
             whole = "".join(pieces)
             if block["type"] in ("text", "thinking"):
@@ -3314,15 +3299,6 @@ def message_from_events(events: Iterable[Json]) -> Json:
             if "context_management" in event:
                 message["context_management"] = event["context_management"]
     return message
-
-
-def add_delta(block: Json, pieces: List[str], delta: Json) -> None:
-    if delta["type"] == "signature_delta":
-        block["signature"] = delta["signature"]
-    elif delta["type"] == "citations_delta":
-        block["citations"].append(delta["citation"])
-    else:
-        pieces += [delta[name] for name in ("text", "thinking", "partial_json") if name in delta]
 
 
 # ---- 9. Auto mode: a model's verdict on tool calls (pure) -----------------------------------
