@@ -3351,9 +3351,9 @@ def judge_request(request: Json, context: Any, calls: Sequence[Json], is_sub_age
     """A Messages request that asks for verdicts. All is JSON, so that no text can end its own
     entry; the calls stand last. What a sub-agent is told, the main agent has written."""
     entries = transcript(request["messages"])
-    if is_sub_agent:
-        entries = [dict(entry, **{"from": "main agent, not the user"})
-                   if entry["from"] == "user" else entry for entry in entries]
+    for entry in entries:
+        if is_sub_agent and entry["from"] == "user":
+            entry["from"] = "main agent, not the user"
     text = json.dumps({"context": context, "transcript": entries})
     return {"model": "auto mode check", "max_tokens": JUDGE_TOKENS, "system": JUDGE_SYSTEM,
             "output_config": {"format": {"type": "json_schema", "schema": VERDICTS_SCHEMA}},
@@ -3363,8 +3363,7 @@ def judge_request(request: Json, context: Any, calls: Sequence[Json], is_sub_age
 
 
 def transcript(messages: Sequence[Any]) -> List[Json]:
-    """A conversation in TRANSCRIPT_LIMIT characters: what the user wrote first, then as much as
-    fits of the end."""
+    """What the user wrote first, then as much of the end as fits into TRANSCRIPT_LIMIT."""
     first = next((entry for message in messages for entry in transcript_entries(message)
                   if entry["from"] == "user"), None)
     newest = (entry for message in reversed(messages)
@@ -3406,8 +3405,7 @@ def transcript_entries(message: Any) -> Iterator[Json]:
 
 
 def verdicts(text: str, calls: Sequence[Json]) -> Json:
-    """A judge's answer -> {tool_use id: verdict}. A call passes only on exactly one clear verdict
-    of its own."""
+    """A judge's answer -> {tool_use id: verdict}. To pass, a call needs one clear verdict."""
     try:
         given = json.loads(text, object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
@@ -3447,10 +3445,6 @@ def unavailable(calls: Sequence[Json], reason: str) -> Json:
     """The same for all calls: timeout, error or refused. (On input_too_long the client compacts its
     conversation, which does not help here.)"""
     return {call["id"]: {"type": "unavailable", "reason": reason} for call in calls}
-
-
-def safeguard_results(tool_uses: Json) -> List[Json]:
-    return [{"type": SAFEGUARD, "status": {"type": "available", "tool_uses": tool_uses}}]
 
 
 # ---- 10. Wire formats (pure) ----------------------------------------------------------------
@@ -3512,9 +3506,8 @@ _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
 
 
 def parse_headers(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
-    """Header lines -> {name in lower case: value}; the values of a repeated name are joined. It
-    takes a fifth of the time that email.parser does. Lines that two readers could take in two ways
-    are passed over; if `strict`, they are a ValueError."""
+    """Header lines -> {name in lower case: value, or values}, in a fifth of email.parser's time.
+    Lines that two readers could take in two ways are passed over; a ValueError if `strict`."""
     fields: Dict[str, str] = {}
     for line in lines:
         found = _FIELD.fullmatch(line)
@@ -5860,8 +5853,9 @@ class ProxyHandler(HTTPHandler):
         if safeguard and self.server.config.safeguards_model:
             if self.stream and calls:
                 self.stream.feed([])  # what is held: the end does not follow at once
-            emitter.safeguard_results = safeguard_results(self.judge(
-                exchange, safeguard.get("classifier_context"), calls))
+            found = self.judge(exchange, safeguard.get("classifier_context"), calls)
+            emitter.safeguard_results = [{
+                "type": SAFEGUARD, "status": {"type": "available", "tool_uses": found}}]
         elif safeguard and not self.server.warned:
             self.server.warned = True
             LOG.warning("SAFEGUARDS_MODEL is not set: in Claude Code's auto mode, calls that need "
