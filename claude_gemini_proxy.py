@@ -1542,10 +1542,8 @@ def text_key(text: str, session: str) -> str:
 def thinking_parts(block: Json, t: Translation) -> List[Json]:
     """Take the signature from a thinking block of ours. Its text is sent back only where the
     thought itself was signed. Other signatures are dropped: Gemini refuses them."""
-    signature = block.get("signature")
-    if not isinstance(signature, str) or not signature.isascii():
-        return []
-    if signature.startswith(CALL_MARK):
+    signature = str(block.get("signature"))
+    if signature.startswith(CALL_MARK) and signature.isascii():
         t.from_client = signature[len(CALL_MARK):]
     own = signature[len(THOUGHT_MARK):] if signature.startswith(THOUGHT_MARK) else ""
     if own and isinstance(block.get("thinking"), str) and is_base64(own) and t.takes(own):
@@ -2380,7 +2378,9 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
               **openai_reasoning(request, t, dialect, limit), **sampling(request, OPENAI_SAMPLING)}
     if functions:
         t.names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
-        t.body["tools"] = openai_tools(functions)
+        t.body["tools"] = [{"type": "function", "function": {
+            "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
+            "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
         t.body.update(openai_choice(request.get("tool_choice") or {}, t.names))
     elif built_in == ["googleSearch"] and dialect == "openrouter":
         t.body["plugins"] = [{"id": "web"}]
@@ -2397,12 +2397,6 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
     if dialect == "openrouter" and "anthropic/" in model:
         mark_cache(t.body["messages"])
     return t
-
-
-def openai_tools(functions: Sequence[Tuple[Json, Json]]) -> List[Json]:
-    return [{"type": "function", "function": {
-        "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
-        "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
 
 
 def openai_dialect(upstream: str, config: Config) -> str:
@@ -2766,7 +2760,6 @@ def users_into_tools(messages: Sequence[Json]) -> List[Json]:
 
 
 def without_media(message: Json) -> Json:
-    """A message of text alone, with a note in the place of each image and file."""
     if not isinstance(message.get("content"), list):
         return message
     notes = {"image_url": "[An image that this model cannot see.]",
@@ -3278,7 +3271,6 @@ def message_from_events(events: Iterable[Json]) -> Json:
             message = dict(event["message"], content=[])
         elif kind == "content_block_start":
             block = dict(event["content_block"])
-            block.update({"citations": []} if "citations" in block else {})
             message["content"].append(block)
             pieces = []
         elif kind == "content_block_delta":
@@ -3286,7 +3278,7 @@ def message_from_events(events: Iterable[Json]) -> Json:
             if delta["type"] == "signature_delta":
                 block["signature"] = delta["signature"]
             elif delta["type"] == "citations_delta":
-                block["citations"].append(delta["citation"])
+                block["citations"] = block["citations"] + [delta["citation"]]
             pieces += [delta[key] for key in ("text", "thinking", "partial_json") if key in delta]
         elif kind == "content_block_stop" and pieces:
             whole = "".join(pieces)
@@ -3296,8 +3288,7 @@ def message_from_events(events: Iterable[Json]) -> Json:
                 block["input"] = json.loads(whole)
         elif kind == "message_delta":
             message.update(event["delta"], usage=dict(message["usage"], **event["usage"]))
-            if "context_management" in event:
-                message["context_management"] = event["context_management"]
+            message.update(without(event, "type", "delta", "usage"))
     return message
 
 
