@@ -479,7 +479,7 @@ class Config:
         "", "model for opus alone", unless_claude, env="ANTHROPIC_DEFAULT_OPUS_MODEL")
     sonnet_model: str = setting(
         "", "model for sonnet alone", unless_claude, env="ANTHROPIC_DEFAULT_SONNET_MODEL")
-    small_model: str = setting("gemini-3.5-flash-lite", "model for haiku",
+    small_model: str = setting("", "model for haiku (empty: gemini-3.5-flash-lite with Gemini)",
                                also={"ANTHROPIC_DEFAULT_HAIKU_MODEL": unless_claude})
     anthropic_model: str = setting("", "model for every request", unless_claude)
     model_map: Tuple[Tuple[str, str], ...] = setting(
@@ -935,6 +935,7 @@ _GEMINI_NAME = re.compile(r"[A-Za-z0-9][\w.@:-]*(/[A-Za-z0-9][\w.@:-]*)?")
 NEEDED_KEYS = {
     "openrouter": "OPENROUTER_API_KEY", "openai": "OPENAI_API_BASE or OPENAI_API_KEY",
     "anthropic": "ANTHROPIC_API_KEY or OPENROUTER_API_KEY"}
+GEMINI_SMALL = "gemini-3.5-flash-lite"
 # https://openrouter.ai/~anthropic/claude-sonnet-latest (read 2026-11-21)
 OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic/claude-haiku-4.5"
 
@@ -996,7 +997,9 @@ def route_to(target: str, config: Config) -> Route:
     vendor = name.partition("/")[0]
     found = route_by_name(name, config)
     if found is None and "/" in name and vendor in NEEDED_KEYS:
-        raise ProxyError(404, "model: %s needs %s" % (name[:200], NEEDED_KEYS[vendor]))
+        is_odd = route_by_name(vendor + "/x", config)  # the vendor is there, so it is the rest
+        raise ProxyError(404, "model: %s%s" % (
+            name[:NAME_LIMIT], "" if is_odd else " needs " + NEEDED_KEYS[vendor]))
     return found or checked_route(config.upstreams[0], name)
 
 
@@ -1009,22 +1012,19 @@ def checked_route(upstream: str, model: str) -> Route:
 
 def tier_model(name: str, config: Config) -> str:
     """The model for a tier of Claude's; "default" is the first one that a server lists."""
-    upstream, tier = config.upstreams[0], name.lower()
+    upstream, is_claude = config.upstreams[0], _CLAUDE_NAME.search(name)
+    if upstream == "gemini" and not is_claude:
+        return config.default_gemini_model
     own = "%s/%s" % (upstream, name)
     big, small = {
-        "gemini": (config.default_gemini_model, config.small_model),
+        "gemini": (config.default_gemini_model, GEMINI_SMALL),
         "openrouter": (OPENROUTER_BIG, OPENROUTER_SMALL),
-        "openai": ("default", config.big_model or "default"),
+        "openai": ("default" if is_claude else own, config.big_model or "default"),
         "anthropic": (own, own)}[upstream]
-    if config.small_model != Config.small_model:
-        small = config.small_model
-    if not _CLAUDE_NAME.search(tier):
-        other = own if upstream == "openai" else big
-        return other if upstream == "gemini" else config.big_model or other
     big = config.big_model or big
-    tiers = (("haiku", small), ("opus", config.opus_model or big),
+    tiers = (("haiku", config.small_model or small), ("opus", config.opus_model or big),
              ("sonnet", config.sonnet_model or big))
-    return next((model for word, model in tiers if word in tier), big)
+    return next((model for word, model in tiers if word in name.lower()), big)
 
 
 class Price(NamedTuple):
@@ -7080,8 +7080,6 @@ def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> 
         if command == "ask":
             return print_answer(server, words)
         return check_setup(server) if command == "check" else serve(server, demo)
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # into `head`, for example
         return 1
 
@@ -7096,6 +7094,9 @@ def flush_outputs() -> None:
 
 
 if __name__ == "__main__":
-    exit_status = main()
+    try:
+        exit_status = main()
+    except KeyboardInterrupt:
+        exit_status = 130
     flush_outputs()
     sys.exit(exit_status)

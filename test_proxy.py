@@ -6229,6 +6229,18 @@ class ChatCompletions(ProxyCase):
         self.assertEqual([resolved(name, config) for name in names],
                          ["openrouter/x/y", "gemini-2.5-flash", "openrouter/x/y"])
 
+    def test_a_small_model_that_is_named_counts_with_each_upstream(self):
+        for letter in "gro":
+            config = proxy.Config(**UPSTREAM_SETTINGS[letter], small_model="gemini-3.5-flash-lite")
+            self.assertIn("gemini-3.5-flash-lite", resolved("haiku", config), letter)
+
+    def test_an_odd_name_of_an_upstream_that_is_there_needs_no_key(self):
+        for letter, name in (("o", "openai/a b"), ("r", "openrouter/a b"), ("a", "anthropic/a b"),
+                             ("r", "anthropic/a b")):
+            with self.subTest(name, configured=letter):
+                with self.assertRaisesRegex(ValueError, "^model: %s$" % name):
+                    proxy.Config(**UPSTREAM_SETTINGS[letter], big_model=name)
+
     def test_a_model_of_an_upstream_without_a_key_is_an_error_that_names_the_key(self):
         for setting in ({"fallback_models": "gemini-2.5-pro,openai/x"},
                         {"big_model": "openrouter/x/y"}, {"anthropic_model": "openrouter/x/y"},
@@ -6753,6 +6765,12 @@ class Signals(ProxyCase):
 
     def test_ctrl_c_frees_the_port_at_once_and_lets_answers_finish(self):
         self.finish_answer(signal.SIGINT)
+
+    def test_ctrl_c_during_the_start_prints_no_traceback(self):
+        code = ("import argparse, runpy, _thread\n"
+                "argparse.ArgumentParser = lambda **settings: _thread.interrupt_main()\n"
+                "runpy.run_module('claude_gemini_proxy', run_name='__main__')")
+        self.assertEqual(child("-c", code, **module_environment()), (130, ""))
 
     def test_a_second_signal_ends_the_program_at_once(self):
         process, port = self.start(lambda *args: [chunk("a"), "hang"])
