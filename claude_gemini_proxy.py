@@ -348,10 +348,7 @@ def parse_names(value: str) -> Tuple[str, ...]:
 
 def parse_secret(value: str) -> str:
     """One key, or several separated by commas; they go into headers."""
-    keys = parse_names(value)
-    if not keys or not all(re.fullmatch("[!-~]+", key) for key in keys):
-        raise ValueError("must be printable ASCII without white space")
-    return ",".join(keys)
+    return ",".join(parse_token(key) for key in parse_names(value) or [""])
 
 
 parse_host = matching(r"(?=.{1,253}$)(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}(?:\.(?!$)|$))+"
@@ -508,8 +505,7 @@ class Config:
     safeguards_model: str = setting(
         "", "model that judges the tool calls of Claude Code's auto mode (empty: nobody does)",
         dotenv=False)
-    safeguards_timeout: float = setting(
-        30.0, "seconds that a judgement may take", parse_seconds)
+    safeguards_timeout: float = setting(30.0, "seconds that a judgement may take", parse_seconds)
     store: str = setting("", "false: ask the Gemini API not to keep the requests",
                          one_of("true", "false"))
     service_tier: str = setting("", "flex (half the price), standard or priority (1.8 times)",
@@ -680,8 +676,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    named, before, after = split_command(argv)
-    command = named or "serve"
+    place = next((i for i, word in enumerate(argv) if word in COMMANDS), len(argv))
+    before, named, after = list(argv[:place]), argv[place:place + 1], list(argv[place + 1:])
+    command = named[0] if named else "serve"
     parser, takes_all = build_parser(), command in ("run", "ask")
     flags, unknown = parser.parse_known_args(before if takes_all else before + after)
     if takes_all and after[:1] == ["--"]:
@@ -691,25 +688,13 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
     elif command == "env":
         after = [word for word in unknown if word in SHELLS]
         unknown = [word for word in unknown if word not in SHELLS]
-    if unknown:
-        refuse_word(parser, named, unknown[0])
-    return command, vars(flags), after
-
-
-def split_command(argv: Sequence[str]) -> Tuple[str, List[str], List[str]]:
-    """-> (command or "", what stands before it, what stands behind it)"""
-    for i, word in enumerate(argv):
-        if word in COMMANDS:
-            return word, list(argv[:i]), list(argv[i + 1:])
-    return "", list(argv), []
-
-
-def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
-    """Print the help, or say what is wrong with a word, and exit."""
-    if word == "help" and not command:
+    if unknown[:1] == ["help"] and not named:
         parser.print_help()
         parser.exit()
-    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(command, word))
+    if unknown:
+        parser.exit(2, "claude_gemini_proxy: %s; see --help\n"
+                    % not_understood(command if named else "", unknown[0]))
+    return command, vars(flags), after
 
 
 def not_understood(command: str, word: str) -> str:
@@ -758,11 +743,8 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
         for place, mapping in (("", environ), (" (in .env)", dotenv)):
             sources += [(name + place, mapping.get(name), read)
                         for name, read in environment_names(row)]
-        for name, text, read in sources:
-            value = read_setting(row, name, text, read)
-            if value is not None:
-                values[row.name] = value
-                break
+        found = (read_setting(row, *source) for source in sources)  # up to the first value
+        values[row.name] = next((value for value in found if value is not None), row.default)
     return Config(**values)
 
 
@@ -790,14 +772,10 @@ def misspelled(dotenv: Mapping[str, str]) -> Iterator[Tuple[str, str]]:
 
 def is_one_slip(given: str, meant: str) -> bool:
     """Whether one letter was left out, added, changed, or put behind its neighbour."""
-    for i in range(len(meant) + 1):
-        head, tail, left = meant[:i], meant[i:], given[i:]
-        if given[:i] != head:
-            return False
-        if tail[1:] in (left, left[1:]) or tail == left[1:] or (
-                len(tail) > 1 and tail[1] + tail[0] + tail[2:] == left):
-            return True
-    return False
+    while given[:1] == meant[:1] != "":  # what they begin with tells nothing
+        given, meant = given[1:], meant[1:]
+    return (meant[1:] in (given, given[1:]) or meant == given[1:]
+            or meant[1::-1] + meant[2:] == given)
 
 
 KEYS_AND_BASES = {
@@ -811,48 +789,46 @@ def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     write and no judge of auto mode, opens no port, and sends no conversation elsewhere than the
     environment does: neither to another address, nor with somebody else's key."""
     for row in dataclasses.fields(Config):
-        if row.name.upper() in dotenv and not row.metadata["dotenv"]:
-            raise ValueError("%s is not taken from .env: set it in the environment"
-                             % row.name.upper())
-    for name, text in given(("host",), dotenv):
-        if not is_loopback(text):
+        name = row.name.upper()
+        if name in dotenv and not row.metadata["dotenv"]:
+            raise ValueError("%s is not taken from .env: set it in the environment" % name)
+    for name, host in given(("host",), dotenv).items():
+        if not is_loopback(host):
             raise ValueError("%s in .env may only be a loopback address: set it in the environment"
                              % name)
-    for name, text in given(("host",), environ):
-        if not is_loopback(text) and not environ.get("PROXY_AUTH_TOKEN"):
-            refuse_pair(dotenv, ("PROXY_AUTH_TOKEN",), name)
+    for name, host in given(("host",), environ).items():
+        if not is_loopback(host) and not environ.get("PROXY_AUTH_TOKEN"):
+            refuse_pair(given(("proxy_auth_token",), dotenv), name)
     check_dotenv_upstreams(environ, dotenv)
 
 
 def check_dotenv_upstreams(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     """Where the environment has a key or an address, .env names no other place to send to."""
-    in_use = {upstream: next((name for name, _ in given(names, environ)), "")
-              for upstream, names in KEYS_AND_BASES.items()}
-    first = next(filter(None, in_use.values()), "")
-    refuse_pair(dotenv, ("UPSTREAM",), first)
+    in_use = [upstream for upstream, names in KEYS_AND_BASES.items() if given(names, environ)]
+    first = next(iter(given(KEYS_AND_BASES[in_use[0]], environ))) if in_use else ""
+    refuse_pair(given(("upstream",), dotenv), first)
     for upstream, names in KEYS_AND_BASES.items():
-        moves = [name for name, _ in given(names, dotenv) if name != "CLIENT_KEYS"]
-        bases = [name for name in moves if name.endswith(("BASE", "URL", "ENDPOINT"))]
-        refuse_pair(dotenv, bases if in_use[upstream] else moves, first)
-        refuse_pair(dotenv, bases, next((name for name, _ in given(("client_keys",), dotenv)), ""))
+        bases = given([name for name in names if name.endswith("base")], dotenv)
+        keys = given([name for name in names if name.endswith("key")], dotenv)
+        refuse_pair(bases if upstream in in_use else {**keys, **bases}, first)
+        refuse_pair(bases, next(iter(given(("client_keys",), dotenv)), ""))
 
 
-def refuse_pair(dotenv: Mapping[str, str], names: Sequence[str], other: str) -> None:
+def refuse_pair(found: Mapping[str, Any], other: str) -> None:
     """Raise ValueError if .env names one of these while the environment names the other."""
-    found = [name for name in names if dotenv.get(name)]
     if found and other:
-        raise ValueError("%s is in .env, but %s is not: put both in one place" % (found[0], other))
+        raise ValueError("%s is in .env, but %s is not: put both in one place"
+                         % (next(iter(found)), other))
 
 
-def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Iterator[Tuple[str, str]]:
-    """-> (environment name, text), for the names that give one of these settings a value"""
+def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Json:
+    """-> {environment name: value}, for the names that give one of these settings a value"""
+    found = {}
     for row in dataclasses.fields(Config):
         for name, read in environment_names(row) if row.name in settings else ():
-            text = mapping.get(name) or ""
-            with contextlib.suppress(ValueError, RecursionError):  # told where it is read
-                text = read(text) if text else ""
-            if text and not (row.default is False and text.lower() in ("0", "false", "no", "off")):
-                yield name, text
+            with contextlib.suppress(ValueError):  # told where it is read
+                found[name] = read_setting(row, name, mapping.get(name), read)
+    return {name: value for name, value in found.items() if value}
 
 
 def is_loopback(host: str) -> bool:
@@ -6599,7 +6575,6 @@ def serve(server: ProxyServer, demo: bool) -> int:
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
     announce(server, demo)
-    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     while not stop.wait(1):  # on Windows a signal does not end a wait
         pass
     LOG.info("finishing %d requests (a second signal ends at once)", server.connections.in_progress)
@@ -6632,26 +6607,24 @@ def is_claude_code(command: Sequence[str]) -> bool:
 
 
 def run_client(server: ProxyServer, command: Sequence[str]) -> int:
-    """Serve in this process while a client runs in an environment for it; -> its exit status."""
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    problem = next(find_problems(server), "")
-    program = shutil.which(command[0])
+    """Run a client in an environment for it; -> its exit status."""
+    program, is_claude = shutil.which(command[0]), is_claude_code(command)
     if not program:
-        hint = (": npm install -g @anthropic-ai/claude-code" if is_claude_code(command[:1])
-                else ": install it, or name its path")
-        problem = "%s is not on the PATH%s" % (command[0], hint)
-    if is_claude_code(command) and not problem:
+        complain("%s is not on the PATH: %s" % (command[0], INSTALL if is_claude_code(command[:1])
+                                                else "install it, or name its path"))
+        return 127
+    problem = ": ".join(next(find_problems(server), ()))
+    if is_claude and not problem:
         problem = managed_address()
     if problem:
         complain(problem)
-        server.drain(0)
-        return 127 if not program else 1
-    complain(run_line(server, is_claude_code(command)))
+        return 1
+    complain(run_line(server, is_claude))
     name = resolve_model("claude-opus", server.config).name
     values = client_environment(server.url, server.config.proxy_auth_token, os.environ, name,
                                 server.upstream.models().get(name, {}))
     environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
-    if is_claude_code(command):
+    if is_claude:
         # else settings files (env.ANTHROPIC_BASE_URL) would send it elsewhere; measured 2026-11-24
         values["CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST"] = "1"
     else:  # Claude Code's TUI asks about a key that it does not know; others read nothing else
@@ -6659,19 +6632,16 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     if is_unsafe_for_cmd(program, command[1:]):
         complain("%s is a script of cmd.exe, which would run or change what an argument holds: "
                  "leave out quotes, line breaks and any of & | < > ^ %% !" % program)
-        server.drain(0)
         return 127
     try:
         child = subprocess.Popen([program] + list(command[1:]), env=dict(environ, **values))
     except OSError as exc:
         complain("%s: %s" % (command[0], exc.strerror))
-        server.drain(0)
         return 127
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the client gets it, too
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     status = child.wait()
-    server.drain(0)
-    complain(used_line(server.traffic, is_claude_code(command)))
+    complain(used_line(server.traffic, is_claude))
     return 128 - status if status < 0 else status
 
 
@@ -6682,6 +6652,7 @@ def is_unsafe_for_cmd(program: str, arguments: Sequence[str]) -> bool:
         re.search('["%&|<>^!\\r\\n]', argument) for argument in arguments)
 
 
+INSTALL = "npm install -g @anthropic-ai/claude-code"
 # https://code.claude.com/docs/en/settings (read 2026-11-24)
 MANAGED_SETTINGS = ("/etc/claude-code/managed-settings.json",
                     "/Library/Application Support/ClaudeCode/managed-settings.json",
@@ -6737,22 +6708,21 @@ KEY_SETTINGS = {"gemini": "GEMINI_API_BASE", "openai": "OPENAI_API_BASE",
                 "openrouter": "OPENAI_API_BASE", "anthropic": "ANTHROPIC_API_KEY"}
 
 
-def find_problems(server: ProxyServer) -> Iterator[str]:
-    """Why no request could succeed, a line each; what is merely slow or busy is no reason."""
-    routes = needed_routes(server.config)
-    for name in dict.fromkeys(route.upstream for route in routes):
+
+
+def find_problems(server: ProxyServer) -> Iterator[Tuple[str, str]]:
+    """-> (upstream or model, why no request to it could succeed); slow or busy is no reason"""
+    for name, routes in needed_routes(server.config).items():
         member, base = server.upstream.members[name], server.config.base(name)
-        place = "%s (%s%s)" % (base, KEY_SETTINGS[name], through_proxy(base))
         problem = key_problem(member)
         if problem:
-            yield "%s: %s" % (place, problem)
+            yield "%s (%s%s)" % (base, KEY_SETTINGS[name], through_proxy(base)), problem
             continue
         for route in routes:
-            if route.upstream == name:
-                try:
-                    member.prove_model(route.model)
-                except ProxyError as error:
-                    yield "%s: %s (%s)" % (route.name, error.message, MODEL_SETTINGS)
+            try:
+                member.prove_model(route.model)
+            except ProxyError as error:
+                yield route.name, "%s (%s)" % (error.message, MODEL_SETTINGS)
 
 
 def key_problem(member: Upstream) -> str:
@@ -6781,16 +6751,18 @@ def through_proxy(base: str) -> str:
     return ", through the proxy of %s_PROXY" % parts.scheme.upper()
 
 
-def needed_routes(config: Config) -> List[Route]:
-    """The routes that settings name."""
+def needed_routes(config: Config) -> Dict[str, List[Route]]:
+    """-> {upstream: the routes to it that settings name}"""
     routes = [resolve_model("claude-" + tier, config) for tier in TIERS]
-    names = config.fallback_models + ((config.safeguards_model,) if config.safeguards_model else ())
-    return list(dict.fromkeys(routes + [route_to(name, config) for name in names]))
+    names = filter(None, (*config.fallback_models, config.safeguards_model))
+    found: Dict[str, List[Route]] = {}
+    for route in dict.fromkeys(routes + [route_to(name, config) for name in names]):
+        found.setdefault(route.upstream, []).append(route)
+    return found
 
 
 def check_setup(server: ProxyServer) -> int:
     """Prove the settings step by step; one cause is one complaint. -> 0 if all hold"""
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     config, failed = server.config, 0
 
     def step(name: str, prove: Callable[[], Any]) -> bool:
@@ -6806,13 +6778,13 @@ def check_setup(server: ProxyServer) -> int:
         return not problem
 
     problems = list(find_problems(server))
-    for name in dict.fromkeys(route.upstream for route in needed_routes(config)):
+    for name in needed_routes(config):
         member = server.upstream.members[name]
         place = config.base(name) if member.base else "the demo model"
-        if not any(problem.startswith(place) for problem in problems):
+        if not any(where.startswith(place) for where, _ in problems):
             print("ok   %s %s" % (place, reached(member)))
-    for problem in problems:
-        step(problem.partition(": ")[0], lambda: problem.partition(": ")[2])
+    for where, problem in problems:
+        step(where, lambda: problem)
     answers = tier_answers(config) if not problems else {}
     good = [step("%s answers (%s)" % (model, ", ".join(tiers)),
                  lambda: check_answer(server, "claude-" + tiers[0]))
@@ -6824,7 +6796,6 @@ def check_setup(server: ProxyServer) -> int:
         else:
             print("     auto mode of Claude Code has no judge: SAFEGUARDS_MODEL")
     step("Claude Code is on the PATH", check_client)
-    server.drain(0)
     return 1 if failed else 0
 
 
@@ -6885,7 +6856,7 @@ def check_client() -> str:
     """-> what is wrong with the client."""
     path = shutil.which("claude")
     if not path:
-        return "it is not: npm install -g @anthropic-ai/claude-code"
+        return "it is not: " + INSTALL
     try:
         done = subprocess.run([path, "--version"], stdout=subprocess.PIPE, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as exc:
@@ -6925,11 +6896,10 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
     if not prompt.strip():
         complain("ask takes --model NAME and a prompt, or - for standard input")
         return 2
-    problem = next(find_problems(server), "")
+    problem = ": ".join(next(find_problems(server), ()))
     if problem:
         complain(problem)
         return 1
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     request = {"model": model, "max_tokens": 32000, "stream": True,
                "thinking": {"type": "adaptive"}, "messages": [{"role": "user", "content": prompt}]}
     try:
@@ -6937,8 +6907,6 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
     except ProxyError as error:
         complain(error.message + (" (%s)" % MODEL_SETTINGS if error.status == 404 else ""))
         return 1
-    finally:
-        server.drain(0)
     return 0
 
 
@@ -7073,7 +7041,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> int:
-    """-> the exit status"""
+    """Serve while a command does its work; -> its exit status"""
+    threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     try:
         if command == "run":
             return run_client(server, words or ["claude"])
@@ -7082,6 +7051,8 @@ def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> 
         return check_setup(server) if command == "check" else serve(server, demo)
     except BrokenPipeError:  # into `head`, for example
         return 1
+    finally:
+        server.drain(0)
 
 
 def flush_outputs() -> None:

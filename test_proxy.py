@@ -7267,7 +7267,7 @@ class Program(ProxyCase):
                       self.main("env", ANTHROPIC_API_KEY="own")[1])
 
     def test_each_command_does_its_own(self):
-        self.replace(proxy, "make_server", lambda config, upstream: upstream)
+        self.replace(proxy, "make_server", lambda config, upstream: mock.Mock())
         done = []
         for name in ("run_client", "check_setup"):
             self.replace(proxy, name, lambda *args, name=name: done.append((name, *args[1:])))
@@ -7349,10 +7349,7 @@ class Program(ProxyCase):
         stdin = types.SimpleNamespace(buffer=io.BytesIO(typed.encode()))
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), \
                 mock.patch.object(sys, "stdin", stdin):
-            server = proxy.make_server(config)
-            status = proxy.print_answer(server, list(words))
-            if status == 2:
-                server.server_close()
+            status = proxy.perform("ask", proxy.make_server(config), list(words), False)
         return status, output.getvalue(), errors.getvalue(), fake.requests
 
     def test_ask_asks_the_model_that_is_named_or_that_of_sonnet(self):
@@ -7426,7 +7423,8 @@ class Program(ProxyCase):
                   "%s (OPENAI_API_BASE): nothing listens there" % nowhere])):
             with self.subTest(changes):
                 config = dict({"gemini_api_base": fake.url}, **changes)
-                found = list(proxy.find_problems(self.run_proxy(**config).server))
+                server = self.run_proxy(**config).server
+                found = [": ".join(problem) for problem in proxy.find_problems(server)]
                 self.assertEqual(len(found), len(expected), found)
                 for problem, start in zip(found, expected):
                     self.assertTrue(problem.startswith(start), problem)
@@ -7504,7 +7502,7 @@ class Program(ProxyCase):
             with open(os.path.join(folder, "claude"), "w") as file:
                 file.write("#!/bin/sh\nenv > $OUT")
             os.chmod(file.name, 0o755)
-            status = proxy.run_client(server, [command, *more])
+            status = proxy.perform("run", server, [command, *more], False)
             if os.path.exists(os.environ["OUT"]):
                 with open(os.environ["OUT"]) as file:
                     return status, dict(line.split("=", 1) for line in file.read().splitlines()), ""
