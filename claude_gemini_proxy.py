@@ -272,15 +272,15 @@ def _quota_error(message: str, details: Sequence[Json], name: str, code: str) ->
     values |= {str(d["metadata"].get("quota_limit_value")) for d in details
                if isinstance(d.get("metadata"), dict)}
     limits = set(re.findall(r"limit: (\d+)", message)) | (values - {"None"})
-    if limits == {"0"}:
-        return ProxyError(429, "This key's plan does not include the model (limit 0): %s" % message,
-                          should_retry=False)
     is_daily = re.search("PerDay|Daily", quota_ids) or re.search("per.day", message)
-    if is_daily or code == "insufficient_quota":
-        return ProxyError(429, "The daily quota of this key and model is used up: %s" % message,
-                          should_retry=False)
-    return ProxyError(429, "%s's rate limit: %s" % (name, message),
-                      retry_after=_retry_delay(message, details) or 10)
+    if limits == {"0"}:
+        reason = "This key's plan does not include the model (limit 0)"
+    elif is_daily or code == "insufficient_quota":
+        reason = "The daily quota of this key and model is used up"
+    else:
+        return ProxyError(429, "%s's rate limit: %s" % (name, message),
+                          retry_after=_retry_delay(message, details) or 10)
+    return ProxyError(429, "%s: %s" % (reason, message), should_retry=False)
 
 
 def _retry_delay(message: str, details: Sequence[Json]) -> float:
@@ -297,12 +297,9 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
     return int(hours or 0) * 3600 + int(minutes or 0) * 60 + seconds
 
 
-class MalformedChunks:
+class MalformedChunks(contextlib.AbstractContextManager):
     """Chunks are taken as documented; what breaks on one that is not becomes one clear error. (A
     generator would keep the frames of the error, and so the request, in memory on 3.13.)"""
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
         if isinstance(exc, (AttributeError, IndexError, KeyError, OverflowError, TypeError,
@@ -387,8 +384,8 @@ def parse_prices(value: str) -> Tuple[Tuple, ...]:
     rows = []
     for name, numbers in parse_pairs(value):
         try:
-            numbers = numbers.split("/") if isinstance(numbers, str) else numbers
-            numbers = [float(number) for number in numbers]
+            texts = numbers.split("/") if isinstance(numbers, str) else numbers
+            numbers = [float(text) for text in texts]
         except (OverflowError, TypeError, ValueError):
             numbers = []
         if not name or len(numbers) not in (2, 3) or not all(0 <= n < 1e6 for n in numbers):
@@ -676,9 +673,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    place = next((i for i, word in enumerate(argv) if word in COMMANDS), len(argv))
-    before, named, after = list(argv[:place]), argv[place:place + 1], list(argv[place + 1:])
-    command = named[0] if named else "serve"
+    named = next(filter(COMMANDS.__contains__, argv), "")
+    place = argv.index(named) if named else len(argv)
+    before, command, after = list(argv[:place]), named or "serve", list(argv[place + 1:])
     parser, takes_all = build_parser(), command in ("run", "ask")
     flags, unknown = parser.parse_known_args(before if takes_all else before + after)
     if takes_all and after[:1] == ["--"]:
@@ -688,13 +685,17 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
     elif command == "env":
         after = [word for word in unknown if word in SHELLS]
         unknown = [word for word in unknown if word not in SHELLS]
-    if unknown[:1] == ["help"] and not named:
+    if unknown:
+        refuse_word(parser, named, unknown[0])
+    return command, vars(flags), after
+
+
+def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
+    """Print the help, or say what is wrong with a word, and exit."""
+    if word == "help" and not command:
         parser.print_help()
         parser.exit()
-    if unknown:
-        parser.exit(2, "claude_gemini_proxy: %s; see --help\n"
-                    % not_understood(command if named else "", unknown[0]))
-    return command, vars(flags), after
+    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(command, word))
 
 
 def not_understood(command: str, word: str) -> str:
@@ -730,10 +731,8 @@ def parse_dotenv(text: str) -> Dict[str, str]:
 
 def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
                 dotenv: Mapping[str, str] = MappingProxyType({})) -> Config:
-    """Settings from flags (by field name), the environment, .env, then the defaults.
-
-    Raises ValueError with one line that names the setting and what it must be.
-    """
+    """Settings from flags (by field name), the environment, .env, then the defaults. Raises
+    ValueError with one line that names the setting and what it must be."""
     from_flags = {row.name.upper(): flags[row.name] for row in dataclasses.fields(Config)
                   if flags.get(row.name)}
     check_dotenv({**environ, **from_flags}, dotenv)
@@ -917,12 +916,9 @@ OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic
 
 
 def resolve_model(requested: str, config: Config) -> Route:
-    """Who answers for a requested name: ANTHROPIC_MODEL, MODEL_MAP, NAME_RULES, the tiers, in this
-    order.
-
+    """Who answers for a requested name: ANTHROPIC_MODEL, then MODEL_MAP, NAME_RULES, the tiers.
     Unknown names get the default: lists of Claude's names age in weeks. Raises ProxyError 404 for
-    names that could leave the URL's path, and for upstreams that are not configured.
-    """
+    names that could leave the URL's path, and for upstreams that are not configured."""
     if len(requested) > NAME_LIMIT:
         raise ProxyError(404, "model: %s..." % requested[:NAME_LIMIT])
     name = bare_name(requested)
@@ -1052,11 +1048,8 @@ def _prices_of(route: Route, own: Tuple[Tuple, ...]) -> Tuple[Price, ...]:
 
 
 def cost_of(usage: Json, route: Route, config: Config, day: str) -> Optional[float]:
-    """USD for an answer, by its usageMetadata; None if the price is not known.
-
-    An upstream that names the cost itself (`cost`) is believed. Counts and costs beyond reason are
-    no counts and no costs.
-    """
+    """USD for an answer, by its usageMetadata; None if the price is not known. An upstream that
+    names the cost itself (`cost`) is believed, unless it is beyond reason."""
     if type(usage.get("cost")) in (int, float) and 0 <= usage["cost"] <= COST_LIMIT:
         return float(usage["cost"])
     count = sane_counts(usage)
@@ -6458,17 +6451,14 @@ def start_logging(config: Config, quiet: bool) -> None:
 
 
 def log_file(path: str) -> logging.Handler:
-    """Writes to a file, which is opened again after it was renamed; if that fails, one line says
-    so."""
+    """Writes to a file, also after it was renamed; if that fails, one line says so."""
     from logging.handlers import WatchedFileHandler  # 10 ms that most do not need
     kind = logging.FileHandler if os.name == "nt" else WatchedFileHandler
     handler = kind(path, encoding="utf-8")
-    failures: List[str] = []
 
     def on_error(record: logging.LogRecord) -> None:
-        if not failures:
-            failures.append("once")
-            complain("LOG_FILE cannot be written: %s" % sys.exc_info()[1])
+        handler.handleError = lambda record: None
+        complain("LOG_FILE cannot be written: %s" % sys.exc_info()[1])
 
     handler.handleError = on_error
     return handler
@@ -6482,10 +6472,8 @@ def make_server(config: Config, upstream: Any = None) -> ProxyServer:
 def client_environment(url: str, token: str, environ: Mapping[str, str], name: str,
                        model: Mapping[str, Any] = MappingProxyType({})) -> Dict[str, str]:
     """What a client needs in its environment; what the user has set there wins, but the address.
-
     `name` is the main model's, `model` its description; only Gemini's limits are known without.
-    Source: https://code.claude.com/docs/en/env-vars (read 2026-11-20).
-    """
+    Source: https://code.claude.com/docs/en/env-vars (read 2026-11-20)."""
     wanted = {"ENABLE_TOOL_SEARCH": "true", "CLAUDE_CODE_ENABLE_GATEWAY_MODEL_DISCOVERY": "1"}
     if not name.startswith("anthropic/"):  # Anthropic wants its billing header, nobody else does
         wanted["CLAUDE_CODE_ATTRIBUTION_HEADER"] = "0"
@@ -6547,14 +6535,14 @@ def fit_descriptors(config: Config) -> Config:
         return config
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * config.max_connections + OTHER_DESCRIPTORS
-    for limit in (needed, 10240):  # macOS says that it has no limit, and takes no more than this
-        if 0 <= soft < min(limit, needed) and (hard < 0 or limit <= hard):
-            with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-                soft = limit
-    fitting = max(1, (soft - OTHER_DESCRIPTORS) // 2)
+    if 0 <= soft < needed:  # macOS says that it has no limit, and takes no more than 10240
+        most = max(soft, min(needed, hard if hard >= 0 else 10240))
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
     if not 0 <= soft < needed:
         return config
+    fitting = max(1, (soft - OTHER_DESCRIPTORS) // 2)
     LOG.warning("MAX_CONNECTIONS is lowered to %d: the limit for open files is %d (ulimit -n)",
                 fitting, soft)
     return dataclasses.replace(config, max_connections=fitting)
@@ -6983,10 +6971,11 @@ def read_dotenv() -> Dict[str, str]:
             raw = file.read(DOTENV_LIMIT + 1)
         if len(raw) > DOTENV_LIMIT:
             raise ValueError("it is larger than %d bytes" % DOTENV_LIMIT)
-        found = parse_dotenv(raw.decode("utf-8-sig"))
+        text = raw.decode("utf-8-sig")
+        found = parse_dotenv(text)
         if raw.strip() and not found:
             raise ValueError("it holds no NAME=value line")
-        if any(line.lower().split()[:1] == ["set"] for line in raw.decode("utf-8-sig").split("\n")):
+        if re.search(r"(?im)^[ \t]*set(\s|$)", text):
             complain(".env: lines are NAME=value, without set")
         for name, meant in misspelled(found):
             complain("%s in .env is no setting: %s?" % (name, meant))
@@ -6994,11 +6983,10 @@ def read_dotenv() -> Dict[str, str]:
     except FileNotFoundError:
         return {}
     except UnicodeDecodeError:
-        complain(".env is not read: it is not in UTF-8")
-    except OSError as exc:
-        complain(".env is not read: %s" % exc.strerror)
-    except ValueError as exc:
-        complain(".env is not read: %s" % exc)
+        problem: Any = "it is not in UTF-8"
+    except (OSError, ValueError) as exc:
+        problem = getattr(exc, "strerror", exc)
+    complain(".env is not read: %s" % problem)
     return {}
 
 
