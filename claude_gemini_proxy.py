@@ -317,6 +317,7 @@ _CLAUDE_NAME = re.compile(r"(?i)claude|opus|sonnet|haiku|fable|mythos|^(default|
 
 
 # A parser turns the text of a setting into its value; ValueError says what the text must be.
+Keys = Tuple[str, ...]
 
 def matching(pattern: str, must: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     def parse(value: str) -> Any:
@@ -342,7 +343,7 @@ def parse_names(value: str) -> Tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
 
-def parse_keys(value: str) -> Tuple[str, ...]:
+def parse_keys(value: str) -> Keys:
     """One key, or several separated by commas; they go into headers."""
     return tuple(parse_token(key) for key in parse_names(value) or [""])
 
@@ -438,7 +439,7 @@ def setting(default: Any, help: str, parse: Callable[[str], Any] = str.strip, en
 class Config:
     """Every setting. --help, .env, the page and the README's table are made from these rows."""
 
-    gemini_api_key: Tuple[str, ...] = setting(
+    gemini_api_key: Keys = setting(
         (), "Gemini key, or several separated by commas", parse_keys, secret=True, also={
             "GOOGLE_API_KEY": str, "API_KEYS": json_keys, "ANTHROPIC_AUTH_TOKEN": gemini_keys_only})
     gemini_api_base: str = setting(
@@ -452,13 +453,11 @@ class Config:
     upstream: str = setting(
         "", "default upstream, for names without a prefix: gemini, openai, openrouter or anthropic "
             "(empty: the first with a key)", one_of("gemini", "openai", "openrouter", "anthropic"))
-    openrouter_api_key: Tuple[str, ...] = setting(
-        (), "OpenRouter key, or several", parse_keys, secret=True)
-    openai_api_key: Tuple[str, ...] = setting(
-        (), "OPENAI_API_BASE key, or several", parse_keys, secret=True)
+    openrouter_api_key: Keys = setting((), "OpenRouter key, or several", parse_keys, secret=True)
+    openai_api_key: Keys = setting((), "OPENAI_API_BASE key, or several", parse_keys, secret=True)
     openai_api_base: str = setting(
         "", "OpenAI-compatible server, with its version (empty: OpenRouter or OpenAI)", parse_url)
-    anthropic_api_key: Tuple[str, ...] = setting(
+    anthropic_api_key: Keys = setting(
         (), "Anthropic's own, for anthropic/ models as they are", parse_keys, secret=True)
     host: str = setting(
         "127.0.0.1", "address to listen on; beyond loopback only with PROXY_AUTH_TOKEN", parse_host,
@@ -557,7 +556,7 @@ class Config:
         if first == "openai" and first not in found and "openrouter" in found:
             first = "openrouter"
         first = first or (found + ("gemini",))[0]
-        return (first,) + tuple(name for name in found if name != first)
+        return tuple(dict.fromkeys((first, *found)))
 
     def base(self, upstream: str) -> str:
         """The URL of an upstream, with its version."""
@@ -614,8 +613,6 @@ SHELLS = {  # how each one sets a variable, removes one, and quotes
     "powershell": _POWERSHELL, "pwsh": _POWERSHELL,
     "cmd": ('set "%s=%s"', "set %s=", cmd_quote),
 }
-
-
 COMMANDS = {
     "serve": "serve until Ctrl-C (this is what happens without a command)",
     "run": "run CLIENT [ARGS]: serve on a free port and start a client in that environment",
@@ -670,20 +667,20 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    named = next(filter(COMMANDS.__contains__, argv), "")
-    place = argv.index(named) if named else len(argv)
-    before, command, after = list(argv[:place]), named or "serve", list(argv[place + 1:])
+    words = [*argv, "serve"]  # which is meant if none is named
+    place = next(i for i, word in enumerate(words) if word in COMMANDS)
+    before, command, after = words[:place], words[place], list(argv[place + 1:])
     parser, takes_all = build_parser(), command in ("run", "ask")
     flags, unknown = parser.parse_known_args(before if takes_all else before + after)
     if takes_all and after[:1] == ["--"]:
         after = after[1:]
-    elif command == "run" and after[:1] and after[0].startswith("-"):
+    elif command == "run" and "".join(after[:1]).startswith("-"):
         parser.error("flags of the proxy stand before run, the client behind it")
     elif command == "env":
         after = [word for word in unknown if word in SHELLS]
         unknown = [word for word in unknown if word not in SHELLS]
     if unknown:
-        refuse_word(parser, named, unknown[0])
+        refuse_word(parser, "".join(argv[place:place + 1]), unknown[0])
     return command, vars(flags), after
 
 
@@ -1014,8 +1011,6 @@ PRICES = (
     ("gemini-2.5-pro", "", 200001, 2.5, 15.0, 0.25), ("gemini-2.5-pro", "", 0, 1.25, 10.0, 0.125),
     ("gemini-2.5-flash", "", 0, 0.3, 2.5, 0.03), ("gemini-2.5-flash-lite", "", 0, 0.1, 0.4, 0.01),
 )
-
-
 TIER_PRICES = {"flex": 0.5, "priority": 1.8}  # SERVICE_TIER's part of the price
 TOKENS_LIMIT, COST_LIMIT = 10 ** 7, 1000.0  # what one answer can count or cost, with room
 
@@ -6511,8 +6506,7 @@ OTHER_DESCRIPTORS = 200  # beside two for each connection: those above the limit
 
 
 def fit_descriptors(config: Config) -> Config:
-    """Raise the soft limit for open files to what MAX_CONNECTIONS needs, two for each; where that
-    is not allowed, fewer connections."""
+    """Raise the soft limit for open files to what MAX_CONNECTIONS needs, or lower that."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -6533,8 +6527,7 @@ def fit_descriptors(config: Config) -> Config:
 
 
 def serve(server: ProxyServer, demo: bool) -> int:
-    """Serve until a signal (Ctrl-C is one), then finish the answers in progress; a second signal
-    ends at once."""
+    """Serve until a signal, then finish the answers in progress; a second one ends at once."""
     stop = threading.Event()
 
     def on_signal(number: int, frame: Any) -> None:
@@ -6618,8 +6611,7 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
 
 
 def is_unsafe_for_cmd(program: str, arguments: Sequence[str]) -> bool:
-    """Python's quoting is not cmd's. https://github.com/python/cpython/issues/114539 (read
-    2026-11-25)"""
+    # Python's quoting is not cmd's: github.com/python/cpython/issues/114539 (read 2026-11-25)
     return program.lower().endswith((".cmd", ".bat")) and any(
         re.search('["%&|<>^!\\r\\n]', argument) for argument in arguments)
 
@@ -6975,14 +6967,14 @@ def read_dotenv() -> Dict[str, str]:
 def print_environment(config: Config, shell: str) -> int:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
     own = os.environ.get("ANTHROPIC_AUTH_TOKEN", "") if config.client_keys else ""
-    values = client_environment(local_url(host, config.port), config.proxy_auth_token or own
-                                or "local", os.environ, resolve_model("claude-opus", config).name)
+    url, token = local_url(host, config.port), config.proxy_auth_token or own or "local"
+    name = resolve_model("claude-opus", config).name
+    unset = ["ANTHROPIC_API_KEY"] if os.environ.get("ANTHROPIC_API_KEY") else []
     try:
         socket.create_connection((host, config.port), timeout=1).close()
     except OSError:
-        complain("nothing listens at %s yet: start the proxy, too" % local_url(host, config.port))
-    print(export_lines(values, shell, [name for name in ("ANTHROPIC_API_KEY",)
-                                       if os.environ.get(name)]))
+        complain("nothing listens at %s yet: start the proxy, too" % url)
+    print(export_lines(client_environment(url, token, os.environ, name), shell, unset))
     return 0
 
 
