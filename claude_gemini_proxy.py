@@ -312,12 +312,12 @@ class MalformedChunks(contextlib.AbstractContextManager):
 GEMINI_BASE = "https://generativelanguage.googleapis.com/v1beta"
 OPENROUTER_BASE, OPENAI_BASE = "https://openrouter.ai/api/v1", "https://api.openai.com/v1"
 ANTHROPIC_BASE = "https://api.anthropic.com"
+Keys = Tuple[str, ...]
 _GEMINI_KEY = re.compile(r"AIza[\w-]{35}|AQ\.[\w.-]{20,}")
 _CLAUDE_NAME = re.compile(r"(?i)claude|opus|sonnet|haiku|fable|mythos|^(default|best|inherit)$")
 
 
 # A parser turns the text of a setting into its value; ValueError says what the text must be.
-Keys = Tuple[str, ...]
 
 def matching(pattern: str, must: str, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
     def parse(value: str) -> Any:
@@ -1138,13 +1138,13 @@ def check_request(body: Any) -> Json:
     for name, kinds in _REQUEST_FIELDS:
         if body.get(name) is not None:
             expect(body[name], kinds, name)
-    if not isinstance(body.get("model"), str) or not body["model"].strip():
+    if not (body.get("model") or "").strip():
         raise invalid("model: a model name is required")
     if not body["model"].isprintable():
         raise invalid("model: a model name has no control characters")
     if not body.get("messages"):
         raise invalid("messages: at least one message is required")
-    if body.get("max_tokens") is not None and body["max_tokens"] < 0:
+    if (body.get("max_tokens") or 0) < 0:
         raise invalid("max_tokens: must be 0 or more")
     check_stops(body.get("stop_sequences") or [])
     container = body.get("container")
@@ -6309,7 +6309,7 @@ class DemoModel(Upstream):
         text = next((part["text"] for part in reversed(last) if part.get("text")
                      and not part["text"].startswith("<system-reminder>")), "")
         results = [part["functionResponse"] for part in last if "functionResponse" in part]
-        call = None if results else self._call(body, text)
+        call = self._call(body, text)
         if results:
             output = next(iter(results[-1]["response"].values()))
             parts = [{"text": "The command answered:\n\n%s" % output}]
@@ -6606,12 +6606,13 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
     signal.signal(signal.SIGINT, lambda number, frame: None)  # the client gets it, too
     signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
     status = child.wait()
+    server.drain(0)
     complain(used_line(server.traffic, is_claude))
     return 128 - status if status < 0 else status
 
 
+# Python's quoting is not cmd's. https://github.com/python/cpython/issues/114539 (read 2026-11-25)
 def is_unsafe_for_cmd(program: str, arguments: Sequence[str]) -> bool:
-    # Python's quoting is not cmd's: github.com/python/cpython/issues/114539 (read 2026-11-25)
     return program.lower().endswith((".cmd", ".bat")) and any(
         re.search('["%&|<>^!\\r\\n]', argument) for argument in arguments)
 
