@@ -605,12 +605,11 @@ def cmd_quote(text: str) -> str:
     return text
 
 
-_POSIX = ("export %s=%s", "unset %s", shlex.quote)
-_POWERSHELL = ("$env:%s = %s", "Remove-Item Env:%s -ErrorAction Ignore", powershell_quote)
 SHELLS = {  # how each one sets a variable, removes one, and quotes
-    "sh": _POSIX, "bash": _POSIX, "zsh": _POSIX,
+    **dict.fromkeys(("sh", "bash", "zsh"), ("export %s=%s", "unset %s", shlex.quote)),
     "fish": ("set -gx %s %s", "set -e %s", fish_quote),
-    "powershell": _POWERSHELL, "pwsh": _POWERSHELL,
+    **dict.fromkeys(("powershell", "pwsh"), (
+        "$env:%s = %s", "Remove-Item Env:%s -ErrorAction Ignore", powershell_quote)),
     "cmd": ('set "%s=%s"', "set %s=", cmd_quote),
 }
 COMMANDS = {
@@ -790,14 +789,14 @@ def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
 
 def check_dotenv_upstreams(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     """Where the environment has a key or an address, .env names no other place to send to."""
-    in_use = [upstream for upstream, names in KEYS_AND_BASES.items() if given(names, environ)]
-    first = next(iter(given(KEYS_AND_BASES[in_use[0]], environ))) if in_use else ""
+    in_use = {upstream: list(given(names, environ)) for upstream, names in KEYS_AND_BASES.items()}
+    first = next((found[0] for found in in_use.values() if found), "")
     refuse_pair(given(("upstream",), dotenv), first)
     for upstream, names in KEYS_AND_BASES.items():
         bases = given([name for name in names if name.endswith("base")], dotenv)
         keys = given([name for name in names if name.endswith("key")], dotenv)
-        refuse_pair(bases if upstream in in_use else {**keys, **bases}, first)
-        refuse_pair(bases, next(iter(given(("client_keys",), dotenv)), ""))
+        refuse_pair(bases if in_use[upstream] else {**keys, **bases}, first)
+        refuse_pair(bases, "CLIENT_KEYS" if given(("client_keys",), dotenv) else "")
 
 
 def refuse_pair(found: Mapping[str, Any], other: str) -> None:
