@@ -2151,7 +2151,7 @@ def _pointed(document: Json, ref: str) -> Optional[Json]:
     node: Any = document if ref == "#" or ref.startswith("#/") else None
     for step in ref[1:].split("/")[1:]:
         step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(node, list) and step.isdecimal() and int(step) < len(node):
+        if isinstance(node, list) and re.fullmatch("[0-9]{1,9}", step) and int(step) < len(node):
             node = node[int(step)]
         else:
             node = node.get(step) if isinstance(node, dict) else None
@@ -2217,7 +2217,9 @@ def with_declarations(body: Json, change: Callable[[Json], Json]) -> Json:
 def with_strict_tools(body: Json) -> Json:
     """The same request with the older `parameters`, for upstreams without parametersJsonSchema."""
     def strict(function: Json) -> Json:
-        schema = function.get("parametersJsonSchema") or {}
+        if "parametersJsonSchema" not in function:  # it is strict already
+            return function
+        schema = function["parametersJsonSchema"] or {}
         out = {key: function[key] for key in ("name", "description") if key in function}
         return dict(out, parameters=strict_schema(schema)) if schema.get("properties") else out
     return with_declarations(body, strict)
@@ -2629,7 +2631,9 @@ def joined_details(details: Sequence[Json]) -> List[Json]:
             joined.append({})
         for key, value in detail.items():
             if key in JOINED_TEXTS and isinstance(value, str):
-                joined[-1].setdefault(key, []).append(value)
+                if joined[-1].get(key) is None:
+                    joined[-1][key] = []
+                joined[-1][key].append(value)
             elif value is not None or key not in joined[-1]:
                 joined[-1][key] = value
     return [{key: "".join(value) if key in JOINED_TEXTS and isinstance(value, list)
@@ -2755,8 +2759,10 @@ def limit_repairs(body: Json, message: str, refuses: bool) -> Iterator[Tuple[str
 
 def without_own_thoughts(request: Json) -> Json:
     """A request without the thinking blocks that were made here: Anthropic refuses them."""
-    messages = []
-    for message in request["messages"] if isinstance(request.get("messages"), list) else ():
+    messages: List[Any] = []
+    if not isinstance(request.get("messages"), list):
+        return request
+    for message in request["messages"]:
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, list):
             content = [block for block in content if not isinstance(block, dict) or not str(
@@ -2764,7 +2770,7 @@ def without_own_thoughts(request: Json) -> Json:
             message = dict(message, content=content)
         if content != []:
             messages.append(message)
-    return dict(request, messages=messages) if "messages" in request else request
+    return dict(request, messages=messages)
 
 
 def translated(request: Json, config: Config, route: Route, lookup: Lookup = lambda key: None,

@@ -1845,6 +1845,10 @@ SCHEMA_CASES = (  # name, a tool's schema, what Gemini gets
          "a": {"$ref": "#/$defs/a~1b"}, "b": {"$ref": "#/$defs/c/1"},
          "c": {"$ref": "#/$defs/c/9"}}},
      an_object(a=INT, b=S, c={"type": "object", "description": "same form as 9"})),
+    ("a ref to no place in a list that there could be",
+     {"$defs": {"c": [S]}, "type": "object", "properties": {
+         "a": {"$ref": "#/$defs/c/" + "9" * 5000}}},
+     an_object(a={"type": "object", "description": "same form as " + "9" * 100})),
     ("what allOf requires", {"allOf": [an_object("a", a=S), an_object("b", b=INT)],
                              "required": ["b"]}, an_object("b", "a", b=INT, a=S)),
 )
@@ -1919,6 +1923,8 @@ class Schemas(unittest.TestCase):
         self.assertEqual((first["name"], first["description"], set(first)),
                          ("Bash", "Run it.", {"name", "description", "parameters"}))
         self.assertEqual(second, {"name": "t", "description": "D"})
+        strict = proxy.with_strict_tools(body)
+        self.assertEqual(proxy.with_strict_tools(strict), strict)
 
     def test_limits_of_values_can_be_left_out(self):
         limits = dict(S, enum=["a"], pattern="a", minLength=1, maxLength=2)
@@ -6157,7 +6163,7 @@ class ChatCompletions(ProxyCase):
         given = request("a", says(*ours), says(ours[0], "b", theirs), 5, says(5))
         self.assertEqual(proxy.without_own_thoughts(given)["messages"], [
             given["messages"][0], says(text("b"), theirs), 5, says(5)])
-        for odd in ({"a": 1}, {"messages": []}):
+        for odd in ({"a": 1}, {"messages": []}, {"messages": 5}):
             self.assertEqual(proxy.without_own_thoughts(odd), odd)
 
     def test_a_limit_that_is_refused_moves_to_the_other_field_or_is_lowered(self):
@@ -6350,7 +6356,8 @@ class OtherUpstreams(ProxyCase):
     def test_reasoning_details_come_back_joined_with_their_call(self):
         head, tail = {"type": "reasoning.text", "index": 0}, {
             "type": "reasoning.encrypted", "data": "xyz", "id": "f.Bash:0", "index": 1}
-        details = [dict(head, text="th"), dict(head, text="ink", signature="s"), tail]
+        details = [dict(head, text=None), dict(head, text="th"),
+                   dict(head, text="ink", signature="s"), tail]
         chunks = [oa(reasoning_details=[detail]) for detail in details]
         back = [dict(head, text="think", signature="s"), tail]
         for stream in (True, False):
