@@ -2315,11 +2315,12 @@ OPENAI_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "stop_sequenc
 
 
 def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
-              declare: Declare = None, dialect: str = "other") -> Translation:
+              declare: Declare = None, read: ReadHistory = None,
+              dialect: str = "other") -> Translation:
     """Translate a checked Messages request into a chat.completions body for a server of a
     `dialect`. The messages are made from the contents for Gemini; all else is as in to_gemini."""
     t = Translation(request, OPENAI_RULE, lookup, _OPENAI_NAME)
-    contents = read_history(request, t)
+    contents = (read or read_history)(request, t)
     tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare)
     system = t.system + t.history.system + search_hints(tools)
@@ -2777,7 +2778,7 @@ def translated(request: Json, config: Config, route: Route, lookup: Lookup = lam
                declare: Declare = None, read: ReadHistory = None) -> Translation:
     if route.upstream == "gemini":
         return to_gemini(request, route.model, config, lookup, declare, read)
-    return to_openai(request, route.model, config, lookup, declare,
+    return to_openai(request, route.model, config, lookup, declare, read,
                      openai_dialect(route.upstream, config))
 
 
@@ -3896,7 +3897,7 @@ class HistoryCache:
     def __init__(self, config: Config, signatures: SignatureCache, parse: Callable[[bytes], Any],
                  limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.config, self.parse, self._signatures, self._clock = config, parse, signatures, clock
-        self._limit = limit_bytes if config.upstreams == ("gemini",) and not config.debug else 0
+        self._limit = limit_bytes if "gemini" in config.upstreams and not config.debug else 0
         self._lock = threading.Lock()  # protects all below
         self._root = Piece(("", None))
         self._pieces: "OrderedDict[Piece, None]" = OrderedDict()
@@ -3971,7 +3972,10 @@ class NewMessages:
                          < cache.LEAST_MESSAGES):
             raise ValueError("no messages, or few")
         head = cache.parse(raw[:found.start()] + b'"messages":0}')
-        self._path = cache.find(raw, found.end(), client_key, self._rule_of(head))
+        rule = self._rule_of(head)
+        if "model" in head and not rule:
+            raise ValueError("not for Gemini")
+        self._path = cache.find(raw, found.end(), client_key, rule)
         start = found.end() + sum(len(piece.raw) for piece in self._path)
         self._text = str(memoryview(raw)[start:], "utf-8")
         self._places: List[int] = []  # where each message begins

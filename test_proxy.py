@@ -3931,6 +3931,19 @@ class KnownHistories(ProxyCase):
         plain = proxy.to_gemini(session(21), "gemini-2.5-flash", CONFIG)
         self.assertEqual(self.sent(r)[-1]["contents"], plain.body["contents"])
 
+    def test_a_fallback_of_another_provider_gets_it_too(self):
+        quota = []
+        fake = self.fake_openai(lambda body: [oa(content="ok"), STOP], ())
+        r = self.run_proxy(lambda *args: QUOTA_ANSWER if quota else OK_ANSWER,
+                           fallback_models=("openrouter/m/x",), openrouter_api_key="ok",
+                           openai_api_base=fake.url)
+        for turns in (20, 21):
+            self.assertEqual(r.ask(session(turns))[0], 200)
+            quota.append(True)
+        self.assertEqual(self.figures(r)["hits"], 1)
+        plain = proxy.to_openai(session(21), "m/x", CONFIG, dialect="openrouter")
+        self.assertEqual(fake.requests[-1]["body"]["messages"], plain.body["messages"])
+
     def test_what_is_kept_is_bounded_in_bytes_and_in_time(self):
         now, signatures = [0.0], proxy.SignatureCache(1000, 100, 1 << 20)
         cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 4 << 20, lambda: now[0])
