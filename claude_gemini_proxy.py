@@ -2860,8 +2860,9 @@ class MessageEmitter:
         return self._take()
 
     def _chunk(self, chunk: Json) -> None:
-        self.usage.update((k, v) for k, v in (chunk.get("usageMetadata") or {}).items()
-                          if v is not None)
+        for name, value in (chunk.get("usageMetadata") or {}).items():
+            if value is not None:
+                self.usage[name] = value
         feedback = chunk.get("promptFeedback") or {}
         self._block_reason = str(feedback.get("blockReason") or self._block_reason)[:50]
         candidate = next((c for c in chunk.get("candidates") or () if not c.get("index")), {})
@@ -3473,7 +3474,7 @@ def _objects(raw: bytes) -> List[Json]:
     """A JSON object, or the objects of a JSON list; an OpenAI-style [DONE] is one, too."""
     if raw.strip() in (b"", b"[DONE]"):
         return [STREAM_DONE] if raw.strip() else []
-    value = json.loads(raw.decode("utf-8"), parse_constant=_no_constant)
+    value = _DECODER.decode(raw.decode("utf-8"))
     items = value if isinstance(value, list) else [value]
     if not all(isinstance(item, dict) for item in items):
         raise ValueError("an object was expected")
