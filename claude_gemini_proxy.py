@@ -5372,7 +5372,7 @@ class ProxyServer(ThreadingHTTPServer):
             self._answered, self._quiet_since = answered, now
         elif self._quiet_since and now - self._quiet_since > self.QUIET_SECONDS:
             self._quiet_since = 0.0
-            trim_memory()
+            tell_allocator("malloc_trim", 0)  # it keeps 100 MB that were freed
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], (ConnectionError, socket.timeout)):
@@ -5386,11 +5386,11 @@ class ProxyServer(ThreadingHTTPServer):
         self.upstream.pool.close_idle()
 
 
-def trim_memory() -> None:
-    """glibc keeps what was freed, 100 MB after large requests; elsewhere there is nothing to do."""
+def tell_allocator(name: str, *arguments: int) -> None:
+    """Call a function of glibc's allocator; other systems have none and keep less."""
     with contextlib.suppress(AttributeError, ImportError, OSError, TypeError):
-        import ctypes  # 5 ms, and needed only after a load
-        ctypes.CDLL(None).malloc_trim(0)
+        import ctypes  # 5 ms, that other programs with this file in them do not need
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def local_url(host: str, port: int) -> str:
@@ -6509,6 +6509,9 @@ def tune_memory() -> None:
     # glibc learns from this to keep what is freed: 840 page faults less, and 15 %, on 1.1 MB. With
     # more it would keep 8 MB for each thread of a load (2026-11-24).
     bytes(2 << 20)
+    # M_ARENA_MAX: threads that share one heap leave fewer holes in it. After 90 s of mixed requests
+    # 91 MiB, not 142, and as many requests a second (2026-11-25).
+    tell_allocator("mallopt", -8, 1)
 
 
 GRACE_SECONDS = 30.0

@@ -8441,6 +8441,18 @@ class LettingGo(unittest.TestCase):
             self.assertTrue(wait_for(lambda: resident(p.process.pid) < before + 40, 2),
                             (before, resident(p.process.pid)))
 
+    @unittest.skipUnless(platform.libc_ver()[0] == "glibc", "another allocator")
+    def test_threads_share_one_heap(self):
+        """Holes in each one's own took 50 MB more under a load."""
+        code = ("import ctypes, threading, claude_gemini_proxy as proxy; %s; gate ="
+                " threading.Barrier(4); act = lambda: (gate.wait(), bytearray(5000), gate.wait());"
+                " threads = [threading.Thread(target=act) for _ in range(4)];"
+                " [t.start() for t in threads]; [t.join() for t in threads];"
+                " ctypes.CDLL(None).malloc_stats()")
+        for tune, shown in (("proxy.tune_memory()", 1), ("0", 2)):
+            status, said = child("-c", code % tune, **module_environment())
+            self.assertEqual((status, min(2, said.count("Arena "))), (0, shown), said)
+
     @unittest.skipUnless(os.path.exists("/proc/self/fd"), "needs /proc")
     def test_a_stream_takes_two_descriptors(self):
         fake = self.fake(lambda *args: [chunk("a"), "hang"])
