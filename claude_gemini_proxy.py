@@ -666,20 +666,20 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    words = [*argv, "serve"]  # which is meant if none is named
-    place = next(i for i, word in enumerate(words) if word in COMMANDS)
-    before, command, after = words[:place], words[place], list(argv[place + 1:])
+    named = next((word for word in argv if word in COMMANDS), "")
+    place = argv.index(named) if named else len(argv)
+    command, before, after = named or "serve", list(argv[:place]), list(argv[place + 1:])
     parser, takes_all = build_parser(), command in ("run", "ask")
     flags, unknown = parser.parse_known_args(before if takes_all else before + after)
     if takes_all and after[:1] == ["--"]:
         after = after[1:]
-    elif command == "run" and "".join(after[:1]).startswith("-"):
+    elif command == "run" and after and after[0].startswith("-"):
         parser.error("flags of the proxy stand before run, the client behind it")
     elif command == "env":
         after = [word for word in unknown if word in SHELLS]
         unknown = [word for word in unknown if word not in SHELLS]
     if unknown:
-        refuse_word(parser, "".join(argv[place:place + 1]), unknown[0])
+        refuse_word(parser, named, unknown[0])
     return command, vars(flags), after
 
 
@@ -757,7 +757,8 @@ def misspelled(dotenv: Mapping[str, str]) -> Iterator[Tuple[str, str]]:
     """-> (name, the setting that it is one slip away from), for names that are no setting's"""
     known = [name for row in dataclasses.fields(Config) for name, _ in environment_names(row)]
     for name in dotenv:
-        one_slip = 1 - 1.1 / max(4, len(name))  # of n letters, a changed one leaves 1 - 1 / n
+        # of n letters, one that is changed leaves a likeness of 1 - 1 / n, and two make it less
+        one_slip = 1 - 1.001 / max(4, len(name))
         near = name not in known and difflib.get_close_matches(name[:40], known, 1, one_slip)
         if near:
             yield name, near[0]
@@ -2612,7 +2613,10 @@ def begins_call(call: Json, id_: str, name: str, has_arguments: bool) -> bool:
 
 def openai_arguments(text: str) -> Optional[Json]:
     """A call's arguments; {} if there are none, None if they cannot be read."""
-    text = re.sub(r"\A(?:\{\})+", "", text)  # some begin with an empty object
+    start = 0
+    while text.startswith("{}", start):  # some begin with empty objects
+        start += 2
+    text = text[start:]
     try:
         args = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
         args = json.loads(args) if isinstance(args, str) else args
@@ -3877,6 +3881,7 @@ class Piece:
     behind them; then comes a turn of the model's."""
 
     ENTRY_BYTES = 1500
+    HISTORY_BYTES = 1 << 16  # each piece has its own: larger ones would add up
 
     def __init__(self, key: Tuple[str, Any], raw: bytes = b"", contents: Sequence[Json] = (),
                  asked: Sequence[Tuple[str, Any]] = (), history: Optional[History] = None) -> None:
@@ -3884,9 +3889,11 @@ class Piece:
         self.written = Written()
         self.written.json = dump_json(list(contents))[1:-1]
         self.history = pickle.dumps(history, 4)  # whole, and of nothing that came from outside
+        if len(self.history) > self.HISTORY_BYTES:
+            raise ValueError("too much is to be remembered")
         self.size = (self.ENTRY_BYTES + len(raw) + len(self.written.json) + len(self.history)
                      + sum(200 + len(name) + len(value or "") for name, value in asked))
-        self.until, self.parent = 0.0, self
+        self.until, self.parent = 0.0, None  # type: float, Optional["Piece"]
         self.next: Dict[Tuple, "Piece"] = {}  # by their key and bytes
 
 
@@ -3934,6 +3941,8 @@ class HistoryCache:
             self.figures["hits"] += bool(path)
             self.figures["hit_bytes"] += sum(len(piece.raw) for piece in path)
             parent = path[-1] if path else self._root
+            if path and parent not in self._pieces:  # it had to go meanwhile
+                return
             for piece in pieces:
                 piece.parent = parent
                 parent.next[piece.key, piece.raw] = piece
@@ -4452,10 +4461,11 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         """Close connections that have been idle for so long."""
         oldest = time.monotonic() - seconds
         with self._lock:
-            for connection, (_, since) in list(self._idle.items()):
-                if since <= oldest:
-                    del self._idle[connection]
-                    connection.close()
+            expired = [each for each, (_, since) in self._idle.items() if since <= oldest]
+            for connection in expired:
+                del self._idle[connection]
+        for connection in expired:
+            connection.close()
 
 
 def http_request(method: str, selector: str, headers: Mapping[str, str],
@@ -6526,11 +6536,12 @@ def fit_descriptors(config: Config) -> Config:
         return config
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * config.max_connections + OTHER_DESCRIPTORS
-    if 0 <= soft < needed:  # macOS says that it has no limit, and takes no more than 10240
-        most = max(soft, min(needed, hard if hard >= 0 else 10240))
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
+    for limit in (min(needed, hard) if hard >= 0 else needed, 10240):  # macOS takes no more
+        if 0 <= soft < limit:
+            with contextlib.suppress(ValueError, OSError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+                soft = limit
+                break
     if not 0 <= soft < needed:
         return config
     fitting = max(1, (soft - OTHER_DESCRIPTORS) // 2)
@@ -6591,7 +6602,7 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
         complain("%s is not on the PATH: %s" % (command[0], INSTALL if is_claude_code(command[:1])
                                                 else "install it, or name its path"))
         return 127
-    problem = ": ".join(next(find_problems(server), ()))
+    problem = first_problem(server)
     if is_claude and not problem:
         problem = managed_address()
     if problem:
@@ -6685,6 +6696,9 @@ MODEL_SETTINGS = ("see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, ANTHROPIC_M
 KEY_SETTINGS = {"gemini": "GEMINI_API_BASE", "openai": "OPENAI_API_BASE",
                 "openrouter": "OPENAI_API_BASE", "anthropic": "ANTHROPIC_API_KEY"}
 
+
+def first_problem(server: ProxyServer) -> str:
+    return ": ".join(next(find_problems(server), ()))
 
 
 
@@ -6873,7 +6887,7 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
     if not prompt.strip():
         complain("ask takes --model NAME and a prompt, or - for standard input")
         return 2
-    problem = ": ".join(next(find_problems(server), ()))
+    problem = first_problem(server)
     if problem:
         complain(problem)
         return 1
@@ -7027,6 +7041,8 @@ def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> 
         return check_setup(server) if command == "check" else serve(server, demo)
     except BrokenPipeError:  # into `head`, for example
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
         server.drain(0)
 

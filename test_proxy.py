@@ -3944,6 +3944,42 @@ class KnownHistories(ProxyCase):
         plain = proxy.to_openai(session(21), "m/x", CONFIG, dialect="openrouter")
         self.assertEqual(fake.requests[-1]["body"]["messages"], plain.body["messages"])
 
+    def test_a_conversation_that_fails_leaves_nothing_behind(self):
+        cache = proxy.HistoryCache(CONFIG, proxy.SignatureCache(9, 9, 9), proxy.parse_json, 1 << 24)
+        body = session(100)
+        body["messages"][-1]["content"].append({"type": "text", "text": 5})
+        request_, read = cache.open(json.dumps(body).encode(), str)
+        gc.collect()
+        gc.disable()
+        self.addCleanup(gc.enable)
+        with self.assertRaises(proxy.ProxyError):
+            proxy.to_gemini(request_, FLASH, CONFIG, read=read)
+        del request_, read
+        found = [each for each in gc.get_objects() if isinstance(each, proxy.Piece)]
+        self.assertEqual([each.raw for each in found], [b""])  # the root
+
+    def test_a_long_list_of_instructions_is_not_kept_with_each_piece(self):
+        cache = proxy.HistoryCache(CONFIG, proxy.SignatureCache(9, 9, 9), proxy.parse_json, 1 << 24)
+        body = session(100)
+        body["messages"].insert(0, {"role": "system", "content": "s" * 70000})
+        request_, read = cache.open(json.dumps(body).encode(), str)
+        t = proxy.to_gemini(request_, FLASH, CONFIG, read=read)
+        self.assertEqual(cache.figures["bytes"], 0)
+        self.assertEqual(proxy.dump_request(t.body),
+                         proxy.dump_request(proxy.to_gemini(body, FLASH, CONFIG).body))
+
+    def test_pieces_behind_one_that_had_to_go_are_not_kept(self):
+        cache = proxy.HistoryCache(CONFIG, proxy.SignatureCache(9, 9, 9), proxy.parse_json, 1 << 24)
+        for turns in (30, 60):
+            request_, read = cache.open(json.dumps(session(turns)).encode(), str)
+            if turns == 60:
+                self.assertGreater(cache.figures["bytes"], 0)
+                cache._limit = 0
+                cache.keep([], [])
+                cache._limit = 1 << 24
+            proxy.to_gemini(request_, FLASH, CONFIG, read=read)
+        self.assertEqual((cache.figures["bytes"], len(cache._pieces)), (0, 0))
+
     def test_what_is_kept_is_bounded_in_bytes_and_in_time(self):
         now, signatures = [0.0], proxy.SignatureCache(1000, 100, 1 << 20)
         cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 4 << 20, lambda: now[0])
@@ -7578,7 +7614,8 @@ class Program(ProxyCase):
                 (256, -1, 0, 512, 28), (256, 400, 400, 512, 100), (256, 1224, 1224, 512, 512),
                 (-1, -1, 0, 512, 512), (10, 10, 0, 512, 1), (1224, 1224, 0, 512, 512),
                 (1223, 1223, 0, 512, 511), (256, -1, 10240, 8000, 5020),
-                (1223, -1, 20480, 512, 512)):
+                (1223, -1, 20480, 512, 512), (256, 2 ** 63 - 1, 10240, 6000, 5020),
+                (256, -1, 10 ** 6, 6000, 6000)):
             limits = [(soft, hard)]
 
             def setrlimit(kind, pair):
