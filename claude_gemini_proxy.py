@@ -666,9 +666,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    named = next((word for word in argv if word in COMMANDS), "")
-    place = argv.index(named) if named else len(argv)
-    command, before, after = named or "serve", list(argv[:place]), list(argv[place + 1:])
+    named, before, after = split_command(argv)
+    command = named or "serve"
     parser, takes_all = build_parser(), command in ("run", "ask")
     flags, unknown = parser.parse_known_args(before if takes_all else before + after)
     if takes_all and after[:1] == ["--"]:
@@ -681,6 +680,14 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
     if unknown:
         refuse_word(parser, named, unknown[0])
     return command, vars(flags), after
+
+
+def split_command(argv: Sequence[str]) -> Tuple[str, List[str], List[str]]:
+    """-> (command or "", what stands before it, what stands behind it)"""
+    for i, word in enumerate(argv):
+        if word in COMMANDS:
+            return word, list(argv[:i]), list(argv[i + 1:])
+    return "", list(argv), []
 
 
 def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
@@ -773,7 +780,8 @@ KEYS_AND_BASES = {
 def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     """A .env may come with somebody else's repository: it names no command to run, no file to
     write and no judge of auto mode, opens no port, and sends no conversation elsewhere than the
-    environment does: neither to another address, nor with somebody else's key."""
+    environment does: neither to another address, nor with somebody else's key. Nor does it change
+    the prices that a budget counts with."""
     for row in dataclasses.fields(Config):
         name = row.name.upper()
         if name in dotenv and not row.metadata["dotenv"]:
@@ -785,6 +793,7 @@ def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
     for name, host in given(("host",), environ).items():
         if not is_loopback(host) and not environ.get("PROXY_AUTH_TOKEN"):
             refuse_pair(given(("proxy_auth_token",), dotenv), name)
+    refuse_pair(given(("prices",), dotenv), "".join(given(("budget_usd",), environ)))
     check_dotenv_upstreams(environ, dotenv)
 
 
@@ -2149,8 +2158,9 @@ def _any_value() -> Json:
 
 def _pointed(document: Json, ref: str) -> Optional[Json]:
     """The node that a local JSON pointer (`#/$defs/x`) names, or None."""
-    node: Any = document if ref == "#" or ref.startswith("#/") else None
-    for step in ref[1:].split("/")[1:]:
+    is_local = len(ref) < 1000 and (ref == "#" or ref.startswith("#/"))
+    node: Any = document if is_local else None
+    for step in ref[1:1000].split("/")[1:]:
         step = urllib.parse.unquote(step).replace("~1", "/").replace("~0", "~")
         if isinstance(node, list) and re.fullmatch("[0-9]{1,9}", step) and int(step) < len(node):
             node = node[int(step)]
@@ -2316,12 +2326,12 @@ OPENAI_SAMPLING = {"temperature": "temperature", "top_p": "top_p", "stop_sequenc
 
 
 def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
-              declare: Declare = None, read: ReadHistory = None,
+              declare: Declare = None, read: Callable[..., List[Json]] = read_history,
               dialect: str = "other") -> Translation:
     """Translate a checked Messages request into a chat.completions body for a server of a
     `dialect`. The messages are made from the contents for Gemini; all else is as in to_gemini."""
     t = Translation(request, OPENAI_RULE, lookup, _OPENAI_NAME)
-    contents = (read or read_history)(request, t)
+    contents = read(request, t)
     tools = offered_tools(request, t.history)
     functions, built_in = declared_tools(tools, t, declare)
     system = t.system + t.history.system + search_hints(tools)
@@ -2782,7 +2792,7 @@ def translated(request: Json, config: Config, route: Route, lookup: Lookup = lam
                declare: Declare = None, read: ReadHistory = None) -> Translation:
     if route.upstream == "gemini":
         return to_gemini(request, route.model, config, lookup, declare, read)
-    return to_openai(request, route.model, config, lookup, declare, read,
+    return to_openai(request, route.model, config, lookup, declare, read or read_history,
                      openai_dialect(route.upstream, config))
 
 
@@ -3184,6 +3194,12 @@ def allowed_types(schema: Any) -> List[str]:
     return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
+def finite(number: str) -> float:
+    if math.isinf(float(number)):
+        raise ValueError("JSON has no such number")
+    return float(number)
+
+
 def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any, Any]) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
     kind = _JSON_TYPES[type(value)]
@@ -3195,7 +3211,7 @@ def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any
         return [repair_value(item, items, inner, facts) for item in value] if inner else value
     if kind == "string" and "string" not in types:  # what it says, if that is of a right type
         try:
-            said = json.loads(value)
+            said = json.loads(value, parse_float=finite, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return value
         return _of_types(said, types, value)
@@ -3579,6 +3595,7 @@ class KnownTools(NamedTuple):
     raw: bytes                   # `"tools":[...]`
     tools: List[Json]
     declared: Dict[int, Any]
+    size: int                    # bytes that all of it takes
 
 
 class ToolCache:
@@ -3586,7 +3603,7 @@ class ToolCache:
     are most of a small request, and a session sends the same ones each time."""
 
     LIMIT_BYTES = 32 << 20   # of declarations
-    LISTS, LISTS_BYTES = 16, 1 << 20
+    LISTS, LISTS_BYTES = 16, 4 << 20
 
     def __init__(self) -> None:
         self._known = LRUCache(self.LIMIT_BYTES)
@@ -3617,13 +3634,14 @@ class ToolCache:
         piece = raw[at:start] + text[:end].encode("utf-8")
         if at < 0 or _SURROGATE.search(piece):
             raise ValueError("not parsed apart from the rest")
-        return KnownTools(piece, tools, dict.fromkeys(map(id, tools)))
+        size = len(piece) + 30 * sum(map(piece.count, (b'"', b"{", b"{", b"[", b"[", b",")))
+        return KnownTools(piece, tools, dict.fromkeys(map(id, tools)), size)
 
     def _keep(self, known: KnownTools) -> None:
-        if known in self._lists[:1] or len(known.raw) > self.LISTS_BYTES:
+        if known in self._lists[:1] or known.size > self.LISTS_BYTES // 4:
             return
         lists = [known] + [each for each in self._lists if each.raw != known.raw]
-        while len(lists) > self.LISTS or sum(len(each.raw) for each in lists) > self.LISTS_BYTES:
+        while len(lists) > self.LISTS or sum(each.size for each in lists) > self.LISTS_BYTES:
             lists.pop()
         self._lists = tuple(lists)
 
@@ -3901,6 +3919,7 @@ class HistoryCache:
     """The pieces: an LRU bound in bytes and age, the ends of the tree first."""
 
     LEAST_MESSAGES, LEAST_PIECE = 16000, 8000  # bytes
+    MOST_MESSAGES = 10000  # of so many the plain way reads faster
 
     def __init__(self, config: Config, signatures: SignatureCache, parse: Callable[[bytes], Any],
                  limit_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -3991,7 +4010,7 @@ class NewMessages:
         self._places: List[int] = []  # where each message begins
         messages, end = self._parse()
         behind = self._text[end:].encode("utf-8")
-        rest, place = cache.parse(b'{"":0' + behind), (start, len(raw) - len(behind))
+        rest, place = cache.parse(b'{"":null' + behind), (start, len(raw) - len(behind))
         self.request = check_request({**head, **rest, "messages": messages})
         self._key = (owner_of(client_key), self._rule_of(self.request))
         lone_surrogates = _SURROGATE.search(raw, *place) and any(
@@ -4018,9 +4037,10 @@ class NewMessages:
             self._places.append(end)
             message, end = parse_value(self._text, end)
             found = _NEXT.match(self._text, end)
-            if not found or any(block.get("type") == "compaction"  # it replaces what was before
-                                for block in _dicts(expect(message, (dict,), "").get("content"))):
-                raise ValueError("not to be read in pieces")
+            content = expect(message, (dict,), "").get("content")
+            if (not found or content is None or len(messages) == self._cache.MOST_MESSAGES
+                    or any(block.get("type") == "compaction" for block in _dicts(content))):
+                raise ValueError("not to be read in pieces")  # or it replaces what was before
             messages.append(message)
             delimiter, end = found.group(1), found.end()
         return messages, end
@@ -6566,6 +6586,9 @@ def serve(server: ProxyServer, demo: bool) -> int:
     announce(server, demo)
     while not stop.wait(1):  # on Windows a signal does not end a wait
         pass
+    last = threading.Timer(GRACE_SECONDS + 5, os._exit, (1,))  # who reads the log may have stopped
+    last.daemon = True
+    last.start()
     LOG.info("finishing %d requests (a second signal ends at once)", server.connections.in_progress)
     server.drain(GRACE_SECONDS)
     return 0
