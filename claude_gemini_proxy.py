@@ -3528,14 +3528,18 @@ class LRUCache:
 
     def get(self, key: Any) -> Any:
         """The value, whose time begins anew, or None."""
+        return self.get_all((key,))[0]
+
+    def get_all(self, keys: Iterable[Any]) -> List[Any]:
+        found, now = [], self._clock()
         with self._lock:
-            value, size, until = self._entries.get(key, self.NOTHING)
-            now = self._clock()
-            if until < now:
-                return None
-            self._entries[key] = (value, size, now + self._seconds)
-            self._entries.move_to_end(key)
-            return value
+            for key in keys:
+                value, size, until = self._entries.get(key, self.NOTHING)
+                if until >= now:
+                    self._entries[key] = (value, size, now + self._seconds)
+                    self._entries.move_to_end(key)
+                found.append(value if until >= now else None)
+        return found
 
     def put(self, key: Any, value: Any, size: int = 1, replace: bool = True) -> None:
         now = self._clock()
@@ -3570,6 +3574,9 @@ class SignatureCache:
 
     def get(self, key: str, owner: str = "") -> Optional[str]:
         return self._known.get(owner + key)
+
+    def get_all(self, keys: Iterable[str], owner: str = "") -> List[Optional[str]]:
+        return self._known.get_all([owner + key for key in keys])
 
     def put(self, key: str, signature: str, owner: str = "") -> None:
         """Keep a signature. The first one of a text stays, so that the history's bytes stay."""
@@ -3903,7 +3910,8 @@ class Piece:
 
     def __init__(self, key: Tuple[str, Any], raw: bytes = b"", contents: Sequence[Json] = (),
                  asked: Sequence[Tuple[str, Any]] = (), history: Optional[History] = None) -> None:
-        self.key, self.raw, self.asked = key, raw, tuple(asked)  # key: whose, for which models
+        self.key, self.raw = key, raw  # key: whose, for which models
+        self.asked, self.said = [name for name, _ in asked], [value for _, value in asked]
         self.written = Written()
         self.written.json = dump_json(list(contents))[1:-1]
         self.history = pickle.dumps(history, 4)  # whole, and of nothing that came from outside
@@ -3940,7 +3948,7 @@ class HistoryCache:
 
     def find(self, raw: bytes, at: int, client_key: str, rule: Optional[ModelRule]) -> List[Piece]:
         """The pieces that a body's messages begin with; without a rule, those of any one."""
-        owner, get = owner_of(client_key), self._signatures.get
+        owner, get_all = owner_of(client_key), self._signatures.get_all
         path: List[Piece] = []
         with self._lock:
             piece: Optional[Piece] = self._root
@@ -3952,7 +3960,7 @@ class HistoryCache:
                 path += [piece] if piece else []
             self._renew(path)
         return list(itertools.takewhile(
-            lambda piece: all(get(name, owner) == value for name, value in piece.asked), path))
+            lambda piece: get_all(piece.asked, owner) == piece.said, path))
 
     def keep(self, path: List[Piece], pieces: List[Piece]) -> None:
         """Put new pieces behind those of a path; what is too old or too much goes."""
@@ -3996,9 +4004,8 @@ class NewMessages:
     def __init__(self, cache: HistoryCache, raw: bytes, client_key: str) -> None:
         self._cache, self._raw = cache, raw
         found = _MESSAGES.match(raw, max(0, raw.find(b'"messages":')))
-        tools_at = raw.find(b'"tools":', found.end()) if found else 0
-        if not found or ((tools_at if tools_at > 0 else len(raw)) - found.end()
-                         < cache.LEAST_MESSAGES):
+        least = found.end() + cache.LEAST_MESSAGES if found else math.inf
+        if not found or len(raw) < least or raw.find(b'"tools":', found.end(), least) >= 0:
             raise ValueError("no messages, or few")
         head = cache.parse(raw[:found.start()] + b'"messages":0}')
         rule = self._rule_of(head)
