@@ -3963,7 +3963,7 @@ class KnownHistories(ProxyCase):
             proxy.to_gemini(request_, FLASH, CONFIG, read=read)
         del request_, read
         found = [each for each in gc.get_objects() if isinstance(each, proxy.Piece)]
-        self.assertEqual(len(found), before)
+        self.assertLessEqual(len(found), before)
 
     def test_a_long_list_of_instructions_is_not_kept_with_each_piece(self):
         cache = proxy.HistoryCache(CONFIG, proxy.SignatureCache(9, 9, 9), proxy.parse_json, 1 << 24)
