@@ -3919,7 +3919,8 @@ class Piece:
             raise ValueError("too much is to be remembered")
         self.size = (self.ENTRY_BYTES + len(raw) + len(self.written.json) + len(self.history)
                      + sum(200 + len(name) + len(value or "") for name, value in asked))
-        self.until, self.parent = 0.0, None  # type: float, Optional["Piece"]
+        self.until = 0.0                      # when it is too old
+        self.parent: Optional["Piece"] = None
         self.next: Dict[Tuple, "Piece"] = {}  # by their key and bytes
 
 
@@ -4003,6 +4004,8 @@ class NewMessages:
 
     def __init__(self, cache: HistoryCache, raw: bytes, client_key: str) -> None:
         self._cache, self._raw = cache, raw
+        if cache.config.safeguards_model and b'"safeguards":' in raw:
+            raise ValueError("the judge reads all messages")
         found = _MESSAGES.match(raw, max(0, raw.find(b'"messages":')))
         least = found.end() + cache.LEAST_MESSAGES if found else math.inf
         if not found or len(raw) < least or raw.find(b'"tools":', found.end(), least) >= 0:
@@ -4027,7 +4030,8 @@ class NewMessages:
 
     def _fits(self, first: Json) -> bool:
         """Whether it is translated by its messages alone, and goes on where the path ends."""
-        is_plain = not safeguard_of(self.request) and self.request.get("max_tokens") != 0
+        is_judged = self._cache.config.safeguards_model and safeguard_of(self.request)
+        is_plain = not is_judged and self.request.get("max_tokens") != 0
         return (is_plain and self._key[1] is not None
                 and all(piece.key == self._key for piece in self._path)
                 and (not self._path or is_model_turn(first)))
@@ -4045,9 +4049,10 @@ class NewMessages:
             message, end = parse_value(self._text, end)
             found = _NEXT.match(self._text, end)
             content = expect(message, (dict,), "").get("content")
-            if (not found or content is None or len(messages) == self._cache.MOST_MESSAGES
-                    or any(block.get("type") == "compaction" for block in _dicts(content))):
-                raise ValueError("not to be read in pieces")  # or it replaces what was before
+            if not found or content is None or len(messages) == self._cache.MOST_MESSAGES:
+                raise ValueError("no list of messages, or a very long one")
+            if any(block.get("type") == "compaction" for block in _dicts(content)):
+                raise ValueError("it replaces what was before")
             messages.append(message)
             delimiter, end = found.group(1), found.end()
         return messages, end
@@ -4061,8 +4066,12 @@ class NewMessages:
 
     def _read(self, request: Json, t: Translation) -> List[Json]:
         asked: List[Tuple[str, Any]] = []
-        own = Translation(request, t.rule, lambda name: asked.append((name, t.lookup(name)))
-                          or asked[-1][1], t.tool_name)
+
+        def noted_lookup(name: str) -> Optional[str]:
+            asked.append((name, t.lookup(name)))
+            return asked[-1][1]
+
+        own = Translation(request, t.rule, noted_lookup, t.tool_name)
         if self._path:
             own.history = pickle.loads(self._path[-1].history)
         text, self._text = self._text, ""
@@ -6724,12 +6733,11 @@ def used_line(traffic: Traffic, is_claude: bool) -> str:
 MODEL_SETTINGS = ("see DEFAULT_GEMINI_MODEL, BIG_MODEL, SMALL_MODEL, ANTHROPIC_MODEL, MODEL_MAP, "
                   "FALLBACK_MODELS, SAFEGUARDS_MODEL")
 KEY_SETTINGS = {"gemini": "GEMINI_API_BASE", "openai": "OPENAI_API_BASE",
-                "openrouter": "OPENAI_API_BASE", "anthropic": "ANTHROPIC_API_KEY"}
+                "openrouter": "OPENROUTER_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 
 
 def first_problem(server: ProxyServer) -> str:
     return ": ".join(next(find_problems(server), ()))
-
 
 
 def find_problems(server: ProxyServer) -> Iterator[Tuple[str, str]]:

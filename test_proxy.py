@@ -3294,8 +3294,9 @@ class Shells(unittest.TestCase):
 
 # ---- Incremental translation: the same as the plain way --------------------------------------
 
-ODD_TEXTS = ("", "ok", 'a "quoted" \\ text\n\t', "é → 漢字 😀", "\x7f\x00\x1f", "</s> \u2028",
-             "<system-reminder>r</system-reminder>", '"messages":[', '","role":"user"},')
+ODD_TEXTS = ("", "ok", 'a "quoted" \\ text\n\t', "é → 漢字 😀", "\x7f\x00\x1f",
+             "</s> \u2028", "<system-reminder>r</system-reminder>", '"messages":[',
+             '","role":"user"},')
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png",
                                      "data": "iVBORw0KGgoAAAAN"}}
 MARTIAN = {"role": "martian", "content": "x"}
@@ -3936,6 +3937,16 @@ class KnownHistories(ProxyCase):
         self.assertEqual(self.figures(r)["hits"], 1)
         plain = proxy.to_gemini(session(21), "gemini-2.5-flash", CONFIG)
         self.assertEqual(self.sent(r)[-1]["contents"], plain.body["contents"])
+
+    def test_with_a_judge_that_reads_it_a_conversation_is_read_whole(self):
+        for judge, order, hits in ((FLASH, (",", ":"), 0), (FLASH, (" ,", " :"), 0),
+                                   ("", (",", ":"), 1)):
+            r = self.run_proxy(safeguards_model=judge)
+            for turns in (20, 21):
+                body = dict(session(turns), safeguards=[{"type": proxy.SAFEGUARD}])
+                raw = json.dumps(body, separators=order).replace('"messages" :', '"messages":')
+                self.assertEqual(r.send("POST", "/v1/messages", raw.encode())[0], 200)
+            self.assertEqual(self.figures(r)["hits"], hits, (judge, order))
 
     def test_a_fallback_of_another_provider_gets_it_too(self):
         quota = []
