@@ -54,7 +54,6 @@ import logging
 import marshal
 import math
 import os
-import pickle
 import re
 import secrets
 import select
@@ -1195,6 +1194,9 @@ _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 
 
+SIGNED_BY = ("hit", "from_client", "dummy")  # the cache, the client's thinking block, or neither
+
+
 class History:
     """What the turns before leave for a turn's translation, and all for the rest of the request."""
 
@@ -1206,7 +1208,7 @@ class History:
         self.calls: Dict[str, Tuple[str, str]] = {}  # open: id upstream -> (client's id, name)
         self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
-        self.signatures = Counts()            # how the calls were signed, for /metrics
+        self.signatures = dict.fromkeys(SIGNED_BY, 0)  # how many calls by each, for /metrics
         self.media = self.media_bytes = 0     # images and documents, and their base64 characters
 
 
@@ -3908,13 +3910,13 @@ class Piece:
     ENTRY_BYTES = 1500
     HISTORY_BYTES = 1 << 16  # each piece has its own: larger ones would add up
 
-    def __init__(self, key: Tuple[str, Any], raw: bytes = b"", contents: Sequence[Json] = (),
-                 asked: Sequence[Tuple[str, Any]] = (), history: Optional[History] = None) -> None:
+    def __init__(self, key: Tuple[str, Any], raw: bytes, contents: Sequence[Json],
+                 asked: Sequence[Tuple[str, Any]], history: History) -> None:
         self.key, self.raw = key, raw  # key: whose, for which models
         self.asked, self.said = [name for name, _ in asked], [value for _, value in asked]
         self.written = Written()
         self.written.json = dump_json(list(contents))[1:-1]
-        self.history = pickle.dumps(history, 4)  # whole, and of nothing that came from outside
+        self.history = marshalled(vars(history))
         if len(self.history) > self.HISTORY_BYTES:
             raise ValueError("too much is to be remembered")
         self.size = (self.ENTRY_BYTES + len(raw) + len(self.written.json) + len(self.history)
@@ -3935,7 +3937,7 @@ class HistoryCache:
         self.config, self.parse, self._signatures, self._clock = config, parse, signatures, clock
         self._limit = limit_bytes if "gemini" in config.upstreams and not config.debug else 0
         self._lock = threading.Lock()  # protects all below
-        self._root = Piece(("", None))
+        self._root = Piece(("", None), b"", (), (), History())
         self._pieces: "OrderedDict[Piece, None]" = OrderedDict()
         self.figures = {"bytes": 0, "hits": 0, "hit_bytes": 0}
 
@@ -4073,7 +4075,7 @@ class NewMessages:
 
         own = Translation(request, t.rule, noted_lookup, t.tool_name)
         if self._path:
-            own.history = pickle.loads(self._path[-1].history)
+            vars(own.history).update(marshal.loads(self._path[-1].history))
         text, self._text = self._text, ""
         messages, pieces = request["messages"], []
         contents: List[Json] = [{"role": "user", "parts": []}]
@@ -5748,8 +5750,9 @@ class ProxyHandler(HTTPHandler):
         exchange, emitter = self.begin(request, len(body), read)
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
+        signatures = exchange.translation.history.signatures
         server.metrics.add(*(("signatures_total", count, (("kind", kind),))
-                             for kind, count in exchange.translation.history.signatures.items()))
+                             for kind, count in signatures.items() if count))
         if server.config.debug:
             for side, sent in (("client", request), ("upstream", exchange.translation.body)):
                 shown = redacted_body(sent, server.secrets.hide)

@@ -8989,7 +8989,7 @@ class Growth(ProxyCase):
         def act(n):
             cache = proxy.HistoryCache(CONFIG, None, None, 1 << 30)
             for i in range(n):
-                cache.keep([], [proxy.Piece(("", None), b"%d" % i)])
+                cache.keep([], [proxy.Piece(("", None), b"%d" % i, (), (), proxy.History())])
             cache._limit = 0
             cache.keep([], [])
             self.assertEqual(cache.figures["bytes"], 0)
