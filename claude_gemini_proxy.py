@@ -4868,7 +4868,7 @@ class Gemini(Upstream):
         Source: https://ai.google.dev/api/tokens (read 2026-11-20). The model must be named inside;
         Vertex AI takes the request flat
         (https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens)."""
-        body = exchange.translation.body
+        body = self.first_body(exchange)
         if "aiplatform" in self.base:
             body = {k: body[k] for k in ("contents", "systemInstruction", "tools") if k in body}
         else:

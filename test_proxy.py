@@ -3746,6 +3746,17 @@ class Delivery(ProxyCase):
             " Cannot find field.",
             lambda body: "parameters" in body["tools"][0]["functionDeclarations"][0]), [2, 3])
 
+    def test_tokens_are_counted_in_the_form_that_gemini_has_taken_before(self):
+        message = "Invalid JSON payload received. Unknown name \"parametersJsonSchema\" at 'tools'"
+        r = self.run_proxy(lambda body, model_, path: error_body(400, message)
+                           if "parametersJsonSchema" in json.dumps(body) else OK_ANSWER)
+        self.assertEqual(r.ask(request(tools=[TOOL]))[0], 200)
+        self.assertEqual(r.send("POST", "/v1/messages/count_tokens", request(tools=[TOOL]))[0], 200)
+        counted = r.fake.requests[-1]
+        self.assertIn("countTokens", counted["path"])
+        (function,) = counted["body"]["generateContentRequest"]["tools"][0]["functionDeclarations"]
+        self.assertIn("parameters", function)
+
     def test_a_failure_before_the_first_chunk_is_an_http_error(self):
         for reply, status, kind in ((BAD_KEY, 403, "permission_error"),
                 (error_body(400, "Bad thing."), 400, "invalid_request_error"),
