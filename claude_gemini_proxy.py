@@ -732,17 +732,25 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str],
                 dotenv: Mapping[str, str] = MappingProxyType({})) -> Config:
     """Settings from flags (by field name), the environment, .env, then the defaults. Raises
     ValueError with one line that names the setting and what it must be."""
-    from_flags = {row.name.upper(): flags[row.name] for row in dataclasses.fields(Config)
-                  if flags.get(row.name)}
-    check_dotenv({**environ, **from_flags}, dotenv)
-    values = {}
+    values: Json = {}
+    own: Dict[str, str] = {}          # setting -> the flag or variable that it is from
+    from_dotenv: Dict[str, str] = {}  # the same for those that .env gives, and nothing else
     for row in dataclasses.fields(Config):
-        sources = [(flag_of(row), flags.get(row.name), str)]
+        sources = [("", flag_of(row), flags.get(row.name), str)]
         for place, mapping in (("", environ), (" (in .env)", dotenv)):
-            sources += [(name + place, mapping.get(name), read)
+            sources += [(place, name, mapping.get(name), read)
                         for name, read in environment_names(row)]
-        found = (read_setting(row, *source) for source in sources)  # up to the first value
-        values[row.name] = next((value for value in found if value is not None), row.default)
+        for place, name, text, read in sources:
+            value = read_setting(row, name + place, text, read)
+            if value and place and not row.metadata["dotenv"]:
+                raise ValueError("%s is not taken from .env: set it in the environment" % name)
+            if value:  # CLIENT_KEYS=false is no key
+                names = from_dotenv if place else own
+                names[row.name] = name
+            if value is not None:
+                values[row.name] = value
+                break
+    check_dotenv(values, own, from_dotenv)
     return Config(**values)
 
 
@@ -776,53 +784,30 @@ KEYS_AND_BASES = {
     "anthropic": ("anthropic_api_key",)}
 
 
-def check_dotenv(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
+def check_dotenv(values: Json, own: Mapping[str, str], from_dotenv: Mapping[str, str]) -> None:
     """A .env may come with somebody else's repository: it names no command to run, no file to
     write and no judge of auto mode, opens no port, and sends no conversation elsewhere than the
     environment does: neither to another address, nor with somebody else's key. Nor does it change
     the prices that a budget counts with."""
-    for row in dataclasses.fields(Config):
-        name = row.name.upper()
-        if name in dotenv and not row.metadata["dotenv"]:
-            raise ValueError("%s is not taken from .env: set it in the environment" % name)
-    for name, host in given(("host",), dotenv).items():
-        if not is_loopback(host):
-            raise ValueError("%s in .env may only be a loopback address: set it in the environment"
-                             % name)
-    for name, host in given(("host",), environ).items():
-        if not is_loopback(host) and not environ.get("PROXY_AUTH_TOKEN"):
-            refuse_pair(given(("proxy_auth_token",), dotenv), name)
-    refuse_pair(given(("prices",), dotenv), "".join(given(("budget_usd",), environ)))
-    check_dotenv_upstreams(environ, dotenv)
-
-
-def check_dotenv_upstreams(environ: Mapping[str, str], dotenv: Mapping[str, str]) -> None:
-    """Where the environment has a key or an address, .env names no other place to send to."""
-    in_use = {upstream: list(given(names, environ)) for upstream, names in KEYS_AND_BASES.items()}
-    first = next((found[0] for found in in_use.values() if found), "")
-    refuse_pair(given(("upstream",), dotenv), first)
+    opens_port = "host" in values and not is_loopback(values["host"])
+    if opens_port and "host" in from_dotenv:
+        raise ValueError("%s in .env may only be a loopback address: set it in the environment"
+                         % from_dotenv["host"])
+    first = next((own[name] for names in KEYS_AND_BASES.values() for name in names if name in own),
+                 "")
+    # (setting, what is named elsewhere and must be in the same place)
+    pairs = [("upstream", first), ("prices", own.get("budget_usd"))]
+    if opens_port:
+        pairs.append(("proxy_auth_token", own["host"]))
+    for base in ("gemini_api_base", "openai_api_base"):
+        pairs += [(base, first), (base, from_dotenv.get("client_keys"))]
     for upstream, names in KEYS_AND_BASES.items():
-        bases = given([name for name in names if name.endswith("base")], dotenv)
-        keys = given([name for name in names if name.endswith("key")], dotenv)
-        refuse_pair(bases if in_use[upstream] else {**keys, **bases}, first)
-        refuse_pair(bases, "CLIENT_KEYS" if given(("client_keys",), dotenv) else "")
-
-
-def refuse_pair(found: Mapping[str, Any], other: str) -> None:
-    """Raise ValueError if .env names one of these while the environment names the other."""
-    if found and other:
-        raise ValueError("%s is in .env, but %s is not: put both in one place"
-                         % (next(iter(found)), other))
-
-
-def given(settings: Sequence[str], mapping: Mapping[str, str]) -> Json:
-    """-> {environment name: value}, for the names that give one of these settings a value"""
-    found = {}
-    for row in dataclasses.fields(Config):
-        for name, read in environment_names(row) if row.name in settings else ():
-            with contextlib.suppress(ValueError):  # told where it is read
-                found[name] = read_setting(row, name, mapping.get(name), read)
-    return {name: value for name, value in found.items() if value}
+        if not any(name in own for name in names):
+            pairs.append((upstream + "_api_key", first))
+    for setting, other in pairs:
+        if setting in from_dotenv and other:
+            raise ValueError("%s is in .env, but %s is not: put both in one place"
+                             % (from_dotenv[setting], other))
 
 
 def is_loopback(host: str) -> bool:
