@@ -665,36 +665,26 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    named, before, after = split_command(argv)
-    command = named or "serve"
-    parser, takes_all = build_parser(), command in ("run", "ask")
-    flags, unknown = parser.parse_known_args(before if takes_all else before + after)
-    if takes_all and after[:1] == ["--"]:
-        after = after[1:]
-    elif command == "run" and after and after[0].startswith("-"):
-        parser.error("flags of the proxy stand before run, the client behind it")
-    elif command == "env":
-        after = [word for word in unknown if word in SHELLS]
-        unknown = [word for word in unknown if word not in SHELLS]
+    command = next((word for word in argv if word in COMMANDS), "")
+    place = argv.index(command) if command else len(argv)
+    before, after = list(argv[:place]), list(argv[place + 1:])
+    parser = build_parser()
+    if command in ("run", "ask"):
+        flags, unknown = parser.parse_known_args(before)
+        if after[:1] == ["--"]:
+            after = after[1:]
+        elif command == "run" and after and after[0].startswith("-"):
+            parser.error("flags of the proxy stand before run, the client behind it")
+    else:
+        flags, unknown = parser.parse_known_args(before + after)
+        after = [word for word in unknown if command == "env" and word in SHELLS]
+        unknown = [word for word in unknown if word not in after]
+    if unknown[:1] == ["help"] and not command:
+        parser.parse_args(["--help"])
     if unknown:
-        refuse_word(parser, named, unknown[0])
-    return command, vars(flags), after
-
-
-def split_command(argv: Sequence[str]) -> Tuple[str, List[str], List[str]]:
-    """-> (command or "", what stands before it, what stands behind it)"""
-    for i, word in enumerate(argv):
-        if word in COMMANDS:
-            return word, list(argv[:i]), list(argv[i + 1:])
-    return "", list(argv), []
-
-
-def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
-    """Print the help, or say what is wrong with a word, and exit."""
-    if word == "help" and not command:
-        parser.print_help()
-        parser.exit()
-    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(command, word))
+        parser.exit(2, "claude_gemini_proxy: %s; see --help\n"
+                    % not_understood(command, unknown[0]))
+    return command or "serve", vars(flags), after
 
 
 def not_understood(command: str, word: str) -> str:
