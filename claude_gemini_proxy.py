@@ -624,12 +624,7 @@ commands:
 %s
 
 example:
-  GEMINI_API_KEY=YOUR_KEY python3 claude_gemini_proxy.py run claude
-
-other:
-  --demo      answer from a built-in model: no key, no network
-  --version   print the version
-  -h, --help  print this"""
+  GEMINI_API_KEY=YOUR_KEY python3 claude_gemini_proxy.py run claude"""
 HELP_GROUPS = {  # the setting that begins a group, in the order of Config
     "gemini_api_key": "upstream", "host": "listening", "default_gemini_model": "models and costs",
     "stream_mode": "answers", "signature_cache_size": "limits", "safeguards_model": "services",
@@ -644,11 +639,12 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Precedence: flag > environment > .env in the working directory > default.\n"
                "From the environment or .env only:\n")
-    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
-    parser.add_argument("--demo", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", help=argparse.SUPPRESS,
-                        version="claude_gemini_proxy " + __version__)
-    group: Any = parser
+    group = parser.add_argument_group("other")
+    group.add_argument("--demo", action="store_true",
+                       help="answer from a built-in model: no key, no network")
+    group.add_argument("--version", action="version", help="print the version",
+                       version="claude_gemini_proxy " + __version__)
+    group.add_argument("-h", "--help", action="help", help="print this")
     for row in dataclasses.fields(Config):
         if row.name in HELP_GROUPS:
             group = parser.add_argument_group(HELP_GROUPS[row.name])
