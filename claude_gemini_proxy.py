@@ -6507,21 +6507,6 @@ def export_lines(values: Mapping[str, str], shell: str, unset: Sequence[str] = (
                      + [remove % name for name in unset])
 
 
-def hints(server: ProxyServer) -> List[str]:
-    """What would make the proxy safer or more useful, each with the way to it."""
-    config, routes = server.config, [resolve_model("claude-" + tier, server.config)
-                                     for tier in TIERS]
-    found = ["%s shows what is going on; `env` prints what clients need" % server.url]
-    if len(config.gemini_api_key) == 1 and not config.fallback_models:
-        found.append("a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions going "
-                     "when a quota is used up")
-    unpriced = sorted({route.name for route in routes if route.upstream == "gemini"
-                       and not price_of(route, config, today())})
-    if unpriced:
-        found.append("no price is known for %s, so no cost is shown: PRICES" % ", ".join(unpriced))
-    return found
-
-
 def tune_memory() -> None:
     """For a process that does nothing but serve, alone or beside a client."""
     # A large request is 10,000 new objects, and no cycle. 18 % less on 1.1 MB (2026-11-21).
@@ -6560,7 +6545,7 @@ def fit_descriptors(config: Config) -> Config:
     return dataclasses.replace(config, max_connections=fitting)
 
 
-def serve(server: ProxyServer, demo: bool) -> int:
+def serve(server: ProxyServer) -> int:
     """Serve until a signal, then finish the answers in progress; a second one ends at once."""
     stop = threading.Event()
 
@@ -6573,7 +6558,7 @@ def serve(server: ProxyServer, demo: bool) -> int:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, on_signal)
-    announce(server, demo)
+    announce(server)
     while not stop.wait(1):  # on Windows a signal does not end a wait
         pass
     last = threading.Timer(GRACE_SECONDS + 5, os._exit, (1,))  # who reads the log may have stopped
@@ -6584,23 +6569,37 @@ def serve(server: ProxyServer, demo: bool) -> int:
     return 0
 
 
-def announce(server: ProxyServer, demo: bool) -> None:
+def announce(server: ProxyServer) -> None:
     """The start-up line, warnings about keys, and hints."""
-    config = server.config
-    model = "demo model" if demo else "%s, small %s" % (resolve_model("claude-opus", config).name,
-                                                        resolve_model("claude-haiku", config).name)
+    config, is_demo = server.config, isinstance(server.upstream.members.get("gemini"), DemoModel)
+    model = "demo model" if is_demo else "%s, small %s" % (
+        resolve_model("claude-opus", config).name, resolve_model("claude-haiku", config).name)
     others = "".join(", also " + name for name in config.upstreams[1:])
     LOG.log(max(LOG.level, logging.INFO), "claude_gemini_proxy %s on %s, %s, %s%s", __version__,
             server.url, model, config.stream_mode, others)
-    for base in [config.base(name) for name in config.upstreams if not demo]:
+    if is_demo:
+        return
+    for base in map(config.base, config.upstreams):
         parts = urllib.parse.urlsplit(base)
         if parts.scheme == "http" and not is_loopback(parts.hostname or ""):
             LOG.warning("keys and prompts travel unencrypted to %s", base)
-    if config.openrouter_api_key and config.base("openrouter") != OPENROUTER_BASE and not demo:
+    if config.openrouter_api_key and config.base("openrouter") != OPENROUTER_BASE:
         LOG.warning("the OpenRouter key goes to %s; if that is another server, set OPENAI_API_KEY, "
                     "to anything", config.base("openrouter"))
-    for hint in hints(server) if not demo else ():
-        LOG.info("hint: %s", hint)
+    LOG.info("hint: %s shows what is going on; `env` prints what clients need", server.url)
+    hint_at_settings(config)
+
+
+def hint_at_settings(config: Config) -> None:
+    """Log what would make the proxy more useful."""
+    if len(config.gemini_api_key) == 1 and not config.fallback_models:
+        LOG.info("hint: a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions "
+                 "going when a quota is used up")
+    routes = [resolve_model("claude-" + tier, config) for tier in TIERS]
+    unpriced = sorted({route.name for route in routes if route.upstream == "gemini"
+                       and not price_of(route, config, today())})
+    if unpriced:
+        LOG.info("hint: no price is known for %s, so no cost is shown: PRICES", ", ".join(unpriced))
 
 
 def is_claude_code(command: Sequence[str]) -> bool:
@@ -7039,10 +7038,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         complain("%s: %s%s" % (exc.filename or "%s:%d" % (config.host, config.port), exc.strerror,
                                hint))
         return 2
-    return perform(command, server, rest, flags["demo"])
+    return perform(command, server, rest)
 
 
-def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> int:
+def perform(command: str, server: ProxyServer, words: List[str]) -> int:
     """Serve while a command does its work; -> its exit status"""
     threading.Thread(target=server.serve_forever, name="accept", daemon=True).start()
     try:
@@ -7050,7 +7049,7 @@ def perform(command: str, server: ProxyServer, words: List[str], demo: bool) -> 
             return run_client(server, words or ["claude"])
         if command == "ask":
             return print_answer(server, words)
-        return check_setup(server) if command == "check" else serve(server, demo)
+        return check_setup(server) if command == "check" else serve(server)
     except BrokenPipeError:  # into `head`, for example
         return 1
     except KeyboardInterrupt:

@@ -5408,7 +5408,10 @@ class Endpoints(ProxyCase):
                 ({"gemini_api_key": "", "openai_api_base": "http://localhost:1"}, ["shows"])):
             with self.subTest(settings):
                 settings = dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)
-                found = proxy.hints(self.run_proxy(**settings).server)
+                server = self.run_proxy(**settings).server
+                with captured_log() as lines:
+                    proxy.announce(server)
+                found = [line for line in lines if line.startswith("hint: ")]
                 self.assertEqual(len(found), len(words), found)
                 for word, hint in zip(words, found):
                     self.assertIn(word, hint)
@@ -7367,9 +7370,10 @@ class Program(ProxyCase):
 
     def announced(self, demo=False, **settings):
         """The lines at the start, without the hints."""
-        server = self.run_proxy(**dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)).server
+        settings = dict({"gemini_api_base": proxy.GEMINI_BASE}, **settings)
+        server = self.run_proxy(upstream=proxy.DemoModel() if demo else None, **settings).server
         with captured_log() as lines:
-            proxy.announce(server, demo)
+            proxy.announce(server)
         start = "claude_gemini_proxy %s on %s, " % (proxy.__version__, server.url)
         self.assertTrue(lines[0].startswith(start), lines)
         self.assertEqual(any(line.startswith("hint: ") for line in lines), not demo)
@@ -7438,7 +7442,7 @@ class Program(ProxyCase):
         stdin = types.SimpleNamespace(buffer=io.BytesIO(typed.encode()))
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), \
                 mock.patch.object(sys, "stdin", stdin):
-            status = proxy.perform("ask", proxy.make_server(config), list(words), False)
+            status = proxy.perform("ask", proxy.make_server(config), list(words))
         return status, output.getvalue(), errors.getvalue(), fake.requests
 
     def test_ask_asks_the_model_that_is_named_or_that_of_sonnet(self):
@@ -7591,7 +7595,7 @@ class Program(ProxyCase):
             with open(os.path.join(folder, "claude"), "w") as file:
                 file.write("#!/bin/sh\nenv > $OUT")
             os.chmod(file.name, 0o755)
-            status = proxy.perform("run", server, [command, *more], False)
+            status = proxy.perform("run", server, [command, *more])
             if os.path.exists(os.environ["OUT"]):
                 with open(os.environ["OUT"]) as file:
                     return status, dict(line.split("=", 1) for line in file.read().splitlines()), ""
