@@ -6766,53 +6766,50 @@ def needed_routes(config: Config) -> Dict[str, List[Route]]:
 
 def check_setup(server: ProxyServer) -> int:
     """Prove the settings step by step; one cause is one complaint. -> 0 if all hold"""
-    config, failed = server.config, 0
-
-    def step(name: str, prove: Callable[[], Any]) -> bool:
-        """Run one proof, which returns what is wrong or raises ProxyError."""
-        nonlocal failed
-        try:
-            problem = prove()
-        except ProxyError as error:
-            problem = error.message
-        failed += bool(problem)
-        print(escaped("%s %s%s" % ("FAIL" if problem else "ok  ", name,
-                                   ": " + problem if problem else "")))
-        return not problem
-
+    config = server.config
     problems = list(find_problems(server))
     for name in needed_routes(config):
         member = server.upstream.members[name]
         place = config.base(name) if member.base else "the demo model"
         if not any(where.startswith(place) for where, _ in problems):
             print("ok   %s %s" % (place, reached(member)))
-    for where, problem in problems:
-        step(where, lambda: problem)
-    answers = tier_answers(config) if not problems else {}
-    good = [step("%s answers (%s)" % (model, ", ".join(tiers)),
-                 lambda: check_answer(server, "claude-" + tiers[0]))
-            for model, tiers in answers.items()]
-    if good and all(good):
-        step("a signed tool call makes its round trip", lambda: check_tool(server))
+    good = [step(where, lambda: problem) for where, problem in problems]
+    if all(good):
+        good += [step("%s answers (%s)" % (model, ", ".join(tiers)),
+                      lambda: check_answer(server, "claude-" + tiers[0]))
+                 for model, tiers in tier_answers(config).items()]
+    if all(good):
+        good.append(step("a signed tool call makes its round trip", lambda: check_tool(server)))
         if config.safeguards_model:
-            step("%s judges calls" % config.safeguards_model, lambda: check_judge(server))
+            good.append(step("%s judges calls" % config.safeguards_model,
+                             lambda: check_judge(server)))
         else:
             print("     auto mode of Claude Code has no judge: SAFEGUARDS_MODEL")
-    step("Claude Code is on the PATH", check_client)
-    return 1 if failed else 0
+    good.append(step("Claude Code is on the PATH", check_client))
+    return 0 if all(good) else 1
+
+
+def step(name: str, prove: Callable[[], str]) -> bool:
+    """Run one proof, which returns what is wrong or raises ProxyError; print and return whether it
+    holds."""
+    try:
+        problem = prove()
+    except ProxyError as error:
+        problem = error.message
+    print(escaped("FAIL %s: %s" % (name, problem) if problem else "ok   " + name))
+    return not problem
 
 
 def reached(member: Upstream) -> str:
     """How far the list of models proves an upstream."""
     try:
-        found = member.list_models() or not member.base
+        if member.list_models() or not member.base:
+            return "is reached and takes the key"
     except ProxyError as error:
-        found = False
         if error.status != 404:
             return "is not proven yet: " + error.message
-    return "is reached and takes the key" if found else (
-        "is reached, but lists no models: the key is not proven yet; if it should list some, its "
-        "address lacks a version")
+    return ("is reached, but lists no models: the key is not proven yet; if it should list some, "
+            "its address lacks a version")
 
 
 def check_judge(server: ProxyServer) -> str:
@@ -6832,7 +6829,7 @@ def check_judge(server: ProxyServer) -> str:
 
 def check_answer(server: ProxyServer, model: str) -> str:
     """Ask for a stream, as Claude Code does; -> what is wrong with it."""
-    reason = ask(server, {"model": model, "max_tokens": 2000, "stream": True, "messages": [
+    reason = ask(server, {"model": model, "max_tokens": 2000, "messages": [
         {"role": "user", "content": "Say ok."}]}).get("stop_reason")
     return "" if reason == "end_turn" else "it ended with %s" % reason
 
@@ -6869,14 +6866,14 @@ def check_client() -> str:
 
 def ask(server: ProxyServer, body: Json) -> Json:
     """Send a Messages request to our own server, as a client would -> the message"""
-    return message_from_events(list(ask_events(server, dict(body, stream=True))))
+    return message_from_events(list(ask_events(server, body)))
 
 
 def ask_events(server: ProxyServer, body: Json) -> Iterator[Json]:
     """The same -> the events as they come. Raises ProxyError, also for an event that tells one."""
     connection = http.client.HTTPConnection(server.server_name, server.server_port, timeout=600)
     with contextlib.closing(connection):
-        connection.request("POST", "/v1/messages", dump_json(body), {
+        connection.request("POST", "/v1/messages", dump_json(dict(body, stream=True)), {
             "Content-Type": "application/json",
             "x-api-key": server.config.proxy_auth_token or "local"})
         response = connection.getresponse()
@@ -6902,8 +6899,8 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
     if problem:
         complain(problem)
         return 1
-    request = {"model": model, "max_tokens": 32000, "stream": True,
-               "thinking": {"type": "adaptive"}, "messages": [{"role": "user", "content": prompt}]}
+    request = {"model": model, "max_tokens": 32000, "thinking": {"type": "adaptive"},
+               "messages": [{"role": "user", "content": prompt}]}
     try:
         print_events(ask_events(server, request))
     except ProxyError as error:
@@ -7052,8 +7049,6 @@ def perform(command: str, server: ProxyServer, words: List[str]) -> int:
         return check_setup(server) if command == "check" else serve(server)
     except BrokenPipeError:  # into `head`, for example
         return 1
-    except KeyboardInterrupt:
-        return 130
     finally:
         server.drain(0)
 
