@@ -661,9 +661,9 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]]:
     """-> (command, flags, what follows the command). All after `run` is the client's, and all after
     `ask` but its own flags is the prompt."""
-    command = next((word for word in argv if word in COMMANDS), "")
-    place = argv.index(command) if command else len(argv)
-    before, after = list(argv[:place]), list(argv[place + 1:])
+    before = list(itertools.takewhile(lambda word: word not in COMMANDS, argv))
+    command = argv[len(before)] if len(before) < len(argv) else ""
+    after = list(argv[len(before) + 1:])
     parser = build_parser()
     if command in ("run", "ask"):
         flags, unknown = parser.parse_known_args(before)
@@ -675,12 +675,16 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
         flags, unknown = parser.parse_known_args(before + after)
         after = [word for word in unknown if command == "env" and word in SHELLS]
         unknown = [word for word in unknown if word not in after]
-    if unknown[:1] == ["help"] and not command:
-        parser.parse_args(["--help"])
     if unknown:
-        parser.exit(2, "claude_gemini_proxy: %s; see --help\n"
-                    % not_understood(command, unknown[0]))
+        refuse_word(parser, command, unknown[0])
     return command or "serve", vars(flags), after
+
+
+def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
+    """Print the help, or say what is wrong with a word, and exit."""
+    if word == "help" and not command:
+        parser.parse_args(["--help"])
+    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(command, word))
 
 
 def not_understood(command: str, word: str) -> str:
