@@ -4598,14 +4598,6 @@ class Upstream:
         """The upstream's own count of a request's tokens, or None."""
         return None
 
-    def prove(self) -> None:
-        """Raise ProxyError unless the key works; a gateway may have no list of models."""
-        try:
-            self.list_models()
-        except ProxyError as error:
-            if error.status != 404 and not re.search(r" answered (405|501):", error.message):
-                raise
-
     def prove_model(self, model: str) -> None:
         """Raise ProxyError 404 if the upstream says that it has no such model."""
 
@@ -6713,18 +6705,24 @@ KEY_SETTINGS = {"gemini": "GEMINI_API_BASE", "openai": "OPENAI_API_BASE",
                 "openrouter": "OPENROUTER_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 
 
+NO_LIST = ("is reached, but lists no models: the key is not proven yet; if it should list some, "
+           "its address lacks a version")
+
+
 def first_problem(server: ProxyServer) -> str:
-    return ": ".join(next(find_problems(server), ()))
+    return next((": ".join(found) for found in prove_upstreams(server) if found[1]), "")
 
 
-def find_problems(server: ProxyServer) -> Iterator[Tuple[str, str]]:
-    """-> (upstream or model, why no request to it could succeed); slow or busy is no reason"""
+def prove_upstreams(server: ProxyServer) -> Iterator[Tuple[str, str]]:
+    """-> (what is proved of an upstream, "") or (upstream or model, why no request to it could
+    succeed)"""
     for name, routes in needed_routes(server.config).items():
         member, base = server.upstream.members[name], server.config.base(name)
-        problem = key_problem(member)
+        problem, proved = prove_keys(member)
         if problem:
             yield "%s (%s%s)" % (base, KEY_SETTINGS[name], through_proxy(base)), problem
             continue
+        yield "%s %s" % (base if member.base else "the demo model", proved), ""
         for route in routes:
             try:
                 member.prove_model(route.model)
@@ -6732,21 +6730,23 @@ def find_problems(server: ProxyServer) -> Iterator[Tuple[str, str]]:
                 yield route.name, "%s (%s)" % (error.message, MODEL_SETTINGS)
 
 
-def key_problem(member: Upstream) -> str:
-    """What is wrong with an upstream's address and all of its keys; "" if one is right, or if it is
-    merely slow or busy."""
+def prove_keys(member: Upstream) -> Tuple[str, str]:
+    """-> (what is wrong with an upstream's address and all of its keys, or "" if one is right, or
+    if it is slow, busy or a gateway without a list of models; how far that list proves it)"""
     problem = ""
     for _ in member.key_list:
         try:
-            member.prove()
-            return ""
+            listed = member.list_models() or not member.base
+            return "", "is reached and takes the key" if listed else NO_LIST
         except ProxyError as error:
             refused = isinstance(error.__cause__, ConnectionRefusedError)
+            if error.status == 404 or re.search(r" answered (405|501):", error.message):
+                return "", NO_LIST
             if not (refused or error.should_retry is False or error.status in (400, 403)
                     or isinstance(error.__cause__, ssl.SSLError)):
-                return ""
+                return "", "is not proven yet: " + error.message
             problem = "nothing listens there" if refused else error.message
-    return problem
+    return problem, ""
 
 
 def through_proxy(base: str) -> str:
@@ -6771,13 +6771,7 @@ def needed_routes(config: Config) -> Dict[str, List[Route]]:
 def check_setup(server: ProxyServer) -> int:
     """Prove the settings step by step; one cause is one complaint. -> 0 if all hold"""
     config = server.config
-    problems = list(find_problems(server))
-    for name in needed_routes(config):
-        member = server.upstream.members[name]
-        place = config.base(name) if member.base else "the demo model"
-        if not any(where.startswith(place) for where, _ in problems):
-            print("ok   %s %s" % (place, reached(member)))
-    good = [step(where, lambda: problem) for where, problem in problems]
+    good = [step(name, lambda: problem) for name, problem in prove_upstreams(server)]
     if all(good):
         good += [step("%s answers (%s)" % (model, ", ".join(tiers)),
                       lambda: check_answer(server, "claude-" + tiers[0]))
@@ -6802,18 +6796,6 @@ def step(name: str, prove: Callable[[], str]) -> bool:
         problem = error.message
     print(escaped("FAIL %s: %s" % (name, problem) if problem else "ok   " + name))
     return not problem
-
-
-def reached(member: Upstream) -> str:
-    """How far the list of models proves an upstream."""
-    try:
-        if member.list_models() or not member.base:
-            return "is reached and takes the key"
-    except ProxyError as error:
-        if error.status != 404:
-            return "is not proven yet: " + error.message
-    return ("is reached, but lists no models: the key is not proven yet; if it should list some, "
-            "its address lacks a version")
 
 
 def check_judge(server: ProxyServer) -> str:
