@@ -6440,33 +6440,27 @@ def complain(text: str) -> None:
 
 
 def start_logging(config: Config, quiet: bool) -> None:
-    """Log to LOG_FILE, or to stderr; a command that shares the terminal with a client is quiet."""
+    """Log to LOG_FILE, also after it was renamed, or to stderr; a command that shares the terminal
+    with a client is quiet."""
+    def on_error(record: logging.LogRecord) -> None:
+        handler.handleError = lambda record: None
+        if config.log_file:  # else the terminal is gone: go on without a log
+            complain("LOG_FILE cannot be written: %s" % sys.exc_info()[1])
+
     if config.log_file:
-        handler = log_file(config.log_file)
+        from logging.handlers import WatchedFileHandler  # 10 ms that most do not need
+        kind = logging.FileHandler if os.name == "nt" else WatchedFileHandler
+        handler = kind(config.log_file, encoding="utf-8")
     elif quiet or sys.stderr is None:
         handler = logging.NullHandler()
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.handleError = lambda record: None  # the terminal is gone: go on without a log
+    handler.handleError = on_error
     handler.setFormatter(LogLines(config.log_format == "json",
                                   not config.log_file and takes_colours(sys.stderr)))
     LOG.addHandler(handler)
     LOG.propagate = False
     LOG.setLevel("DEBUG" if config.debug else config.log_level.upper())
-
-
-def log_file(path: str) -> logging.Handler:
-    """Writes to a file, also after it was renamed; if that fails, one line says so."""
-    from logging.handlers import WatchedFileHandler  # 10 ms that most do not need
-    kind = logging.FileHandler if os.name == "nt" else WatchedFileHandler
-    handler = kind(path, encoding="utf-8")
-
-    def on_error(record: logging.LogRecord) -> None:
-        handler.handleError = lambda record: None
-        complain("LOG_FILE cannot be written: %s" % sys.exc_info()[1])
-
-    handler.handleError = on_error
-    return handler
 
 
 def make_server(config: Config, upstream: Any = None) -> ProxyServer:
