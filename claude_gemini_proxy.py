@@ -515,11 +515,9 @@ class Config:
     def __post_init__(self) -> None:
         for row in dataclasses.fields(self):  # a vendored copy may set what a shell would
             value = getattr(self, row.name)
-            if isinstance(value, str) and value:
-                try:
-                    object.__setattr__(self, row.name, row.metadata["parse"](value))
-                except ValueError as exc:
-                    raise ValueError("%s %s" % (row.name.upper(), exc)) from None
+            if isinstance(value, str) and value.strip():
+                value = read_setting(row, row.name.upper(), value, str)
+                object.__setattr__(self, row.name, value)
         if self.upstream in NEEDED_KEYS and self.upstreams[0] not in self.configured:
             raise ValueError("UPSTREAM=%s needs %s" % (self.upstream, NEEDED_KEYS[self.upstream]))
         if not is_loopback(self.host) and not self.proxy_auth_token:
@@ -6924,20 +6922,20 @@ NO_KEY = """No Gemini key. Either
 def command_config(command: str, flags: Dict[str, Any]) -> Config:
     """The settings as a command needs them. Raises ValueError with a line for the user."""
     if command in ("run", "ask"):
-        flags = dict(flags, host="127.0.0.1", port="0")
+        flags = dict(flags, host="127.0.0.1", port="0", client_keys="false",
+                     proxy_auth_token=secrets.token_urlsafe(24))
+    elif command == "check":
+        flags = dict(flags, port="0")
     config = load_config(flags, os.environ, read_dotenv())
-    if flags["demo"]:
-        config = dataclasses.replace(
-            config, upstream="gemini", openrouter_api_key="", openai_api_key="", openai_api_base="",
-            anthropic_api_key="", big_model="", fallback_models=())
-    elif command != "env" and not (config.client_keys and command == "serve"):
-        check_key(config)
     if command == "env" and not config.port:
         raise ValueError("PORT=0 is another port each time: env needs a fixed one")
-    if command in ("run", "ask"):
-        token = secrets.token_urlsafe(24)
-        return dataclasses.replace(config, proxy_auth_token=token, client_keys=False)
-    return dataclasses.replace(config, port=0) if command == "check" else config
+    if flags["demo"]:
+        return dataclasses.replace(
+            config, upstream="gemini", openrouter_api_key="", openai_api_key="", openai_api_base="",
+            anthropic_api_key="", big_model="", fallback_models=())
+    if command != "env" and not (config.client_keys and command == "serve"):
+        check_key(config)
+    return config
 
 
 def check_key(config: Config) -> None:
