@@ -614,7 +614,7 @@ COMMANDS = {
     "run": "run CLIENT [ARGS]: serve on a free port and start a client in that environment",
     "ask": "ask [--model NAME] PROMPT: one answer, printed as it comes; - reads standard input",
     "check": "prove the key, the models, an answer and a tool call",
-    "env": "env [SHELL]: print what clients need (SHELL: %s)",
+    "env": "env [SHELL]: print what clients need (SHELL: %s)" % ", ".join(SHELLS),
 }
 USAGE = """claude_gemini_proxy.py [settings] [command]
 
@@ -631,7 +631,7 @@ HELP_GROUPS = {  # the setting that begins a group, in the order of Config
 
 def build_parser() -> argparse.ArgumentParser:
     """A flag for each setting that is no secret: every local user can see a command line."""
-    commands = "\n".join("  %-6s %s" % row for row in COMMANDS.items()) % ", ".join(SHELLS)
+    commands = "\n".join("  %-6s %s" % row for row in COMMANDS.items())
     parser = argparse.ArgumentParser(
         allow_abbrev=False, add_help=False, usage=USAGE % commands,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -679,28 +679,26 @@ def parse_arguments(argv: Sequence[str]) -> Tuple[str, Dict[str, Any], List[str]
 
 
 def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> None:
-    """Print the help, or say what is wrong with a word, and exit."""
+    """Print the help, or say what is wrong with an argument, and exit. A long one is not shown: it
+    may be a key."""
     if word == "help" and not command:
         parser.parse_args(["--help"])
-    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % not_understood(command, word))
-
-
-def not_understood(command: str, word: str) -> str:
-    """What is wrong with an argument. A long one is not shown: it may be a key."""
     word = SECRETS.sub("[key]", word.partition("=")[0])
+    shown = " " + json.dumps(word) if len(word) <= 20 else ""
     if word.startswith("-"):
         flags = [flag_of(row) for row in dataclasses.fields(Config) if not row.metadata["secret"]]
         near = difflib.get_close_matches(word, flags, 1, 0.7)
         why = (": did you mean %s?" % near[0] if near else
                ": keys are taken from the environment or .env only" if "key" in word else "")
-        return "not understood: %s%s" % (word, why)
-    shown = " " + json.dumps(word) if len(word) <= 20 else ""
-    if command == "env":
-        return "env takes %s, not%s" % (", ".join(SHELLS), shown or " this")
-    if command:
-        return "%s takes no argument%s" % (command, shown)
-    near = difflib.get_close_matches(word, COMMANDS, 1, 0.5)
-    return "unknown command%s%s" % (shown, ": did you mean %s?" % near[0] if near else "")
+        text = "not understood: %s%s" % (word, why)
+    elif command == "env":
+        text = "env takes %s, not%s" % (", ".join(SHELLS), shown or " this")
+    elif command:
+        text = "%s takes no argument%s" % (command, shown)
+    else:
+        near = difflib.get_close_matches(word, COMMANDS, 1, 0.5)
+        text = "unknown command%s%s" % (shown, ": did you mean %s?" % near[0] if near else "")
+    parser.exit(2, "claude_gemini_proxy: %s; see --help\n" % text)
 
 
 def parse_dotenv(text: str) -> Dict[str, str]:
