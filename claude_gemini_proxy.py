@@ -6863,11 +6863,15 @@ def ask_events(server: ProxyServer, body: Json) -> Iterator[Json]:
 
 
 def print_answer(server: ProxyServer, words: List[str]) -> int:
-    """`ask`: one prompt, its answer as it comes."""
+    """`ask`: one prompt, the words or standard input; its answer as it comes."""
     model = "claude-sonnet"
-    if words[:1] == ["--model"]:
-        model, words = (words + [""])[1], words[2:]
-    prompt = prompt_of(words)
+    if words[:1] == ["--model"] and len(words) > 1:
+        model, words = words[1], words[2:]
+    prompt = " ".join(words)
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace") if sys.stdin else ""
+    elif prompt.startswith("-"):  # a flag that it does not know
+        prompt = ""
     if not prompt.strip():
         complain("ask takes --model NAME and a prompt, or - for standard input")
         return 2
@@ -6883,13 +6887,6 @@ def print_answer(server: ProxyServer, words: List[str]) -> int:
         complain(error.message + (" (%s)" % MODEL_SETTINGS if error.status == 404 else ""))
         return 1
     return 0
-
-
-def prompt_of(words: Sequence[str]) -> str:
-    """The words behind `ask`, or standard input; "" for flags that it does not know."""
-    if list(words) == ["-"]:
-        return sys.stdin.buffer.read().decode("utf-8-sig", "replace") if sys.stdin else ""
-    return "" if words and words[0].startswith("-") else " ".join(words)
 
 
 def print_events(events: Iterable[Json]) -> None:
