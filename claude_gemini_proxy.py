@@ -390,7 +390,8 @@ def parse_prices(value: str) -> Tuple[Tuple, ...]:
         if not name or len(numbers) not in (2, 3) or not all(0 <= n < 1e6 for n in numbers):
             raise ValueError('must be model=input/output/cached,... or {"model": [input, output, '
                              'cached]}, in USD per million tokens')
-        rows.append((name, "", 0, numbers[0], numbers[1], (numbers + numbers[:1])[2]))
+        cached = numbers[2] if len(numbers) == 3 else numbers[0]
+        rows.append((name, "", 0, numbers[0], numbers[1], cached))
     return tuple(rows)
 
 
@@ -6345,10 +6346,8 @@ class DemoModel(Upstream):
             parts.insert(0, {"text": "I look for a command to run.", "thought": True})
         usage = {"promptTokenCount": len(json.dumps(body["contents"])) // 4,
                  "candidatesTokenCount": len(json.dumps(parts)) // 4, "cost": 0}
-        for part in parts:
-            finish = {"finishReason": "STOP"} if part is parts[-1] else {}
-            yield [{"candidates": [dict(finish, content={"parts": [part]})],
-                    "usageMetadata": usage}], bool(finish)
+        yield [{"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}],
+                "usageMetadata": usage}], True
 
     def _signature(self, call: Json) -> str:
         digest = hashlib.sha256(json.dumps([call["name"], call["args"]]).encode()).digest()
@@ -6398,7 +6397,8 @@ class LogLines(logging.Formatter):
         if self._as_json:
             fields = dict({"time": self.formatTime(record), "level": record.levelname.lower()},
                           **getattr(record, "fields", {"message": record.getMessage()}))
-            fields.update({"trace": hide(super().format(record))} if record.exc_info else {})
+            if record.exc_info:
+                fields["trace"] = hide(super().format(record))
             return json.dumps(fields)
         return hide(super().format(record))
 
