@@ -422,10 +422,6 @@ def unless_claude(value: str) -> str:
     return "" if _CLAUDE_NAME.search(value) else value
 
 
-def replay_if_true(value: str) -> str:
-    return "replay" if parse_bool(value) else ""
-
-
 def setting(default: Any, help: str, parse: Callable[[str], Any] = str.strip, env: str = "",
             also: Mapping[str, Reader] = MappingProxyType({}), secret: bool = False,
             dotenv: bool = True) -> Any:
@@ -484,8 +480,9 @@ class Config:
         (), "model=input/output/cached,... or JSON, in USD per million tokens", parse_prices)
     budget_usd: float = setting(0.0, "cost at which requests are refused (0: never)", parse_usd)
     stream_mode: str = setting(
-        "live", "live, or replay: whole answers sent as a stream", one_of("live", "replay"),
-        also={name + "_DISABLE_STREAMING": replay_if_true for name in ("FORCE", "EMERGENCY")})
+        "live", "live, or replay: whole answers sent as a stream", one_of("live", "replay"), also={
+            name + "_DISABLE_STREAMING": lambda value: "replay" if parse_bool(value) else ""
+            for name in ("FORCE", "EMERGENCY")})
     ping_interval: float = setting(15.0, "seconds of silence before a ping is sent", parse_seconds)
     request_timeout: float = setting(300.0, "seconds of upstream silence allowed", parse_seconds)
     max_retries: int = setting(2, "times that a failed or empty answer is asked for again",
@@ -6608,20 +6605,21 @@ def run_client(server: ProxyServer, command: Sequence[str]) -> int:
         return 1
     complain(run_line(server, is_claude))
     name = resolve_model("claude-opus", server.config).name
-    values = client_environment(server.url, server.config.proxy_auth_token, os.environ, name,
-                                server.upstream.models().get(name, {}))
-    environ = {k: v for k, v in os.environ.items() if k != "ANTHROPIC_API_KEY"}
+    token = server.config.proxy_auth_token
+    environ = dict(os.environ, **client_environment(server.url, token, os.environ, name,
+                                                    server.upstream.models().get(name, {})))
     if is_claude:
+        environ.pop("ANTHROPIC_API_KEY", None)  # its TUI asks about a key that it does not know
         # else settings files (env.ANTHROPIC_BASE_URL) would send it elsewhere; measured 2026-11-24
-        values["CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST"] = "1"
-    else:  # Claude Code's TUI asks about a key that it does not know; others read nothing else
-        values["ANTHROPIC_API_KEY"] = server.config.proxy_auth_token
+        environ["CLAUDE_CODE_PROVIDER_MANAGED_BY_HOST"] = "1"
+    else:  # others read nothing else
+        environ["ANTHROPIC_API_KEY"] = token
     if is_unsafe_for_cmd(program, command[1:]):
         complain("%s is a script of cmd.exe, which would run or change what an argument holds: "
                  "leave out quotes, line breaks and any of & | < > ^ %% !" % program)
         return 127
     try:
-        child = subprocess.Popen([program] + list(command[1:]), env=dict(environ, **values))
+        child = subprocess.Popen([program] + list(command[1:]), env=environ)
     except OSError as exc:
         complain("%s: %s" % (command[0], exc.strerror))
         return 127
