@@ -6937,6 +6937,15 @@ class Settings(unittest.TestCase):
         config = self.load({}, {}, {"GEMINI_API_BASE": "http://x", "GEMINI_API_KEY": "k"})
         self.assertEqual(config.gemini_api_base, "http://x")
 
+    def test_what_a_dotenv_says_of_a_setting_that_the_environment_has_is_without_effect(self):
+        for setting, own, theirs in (
+                ("GEMINI_API_BASE", "http://own", "http://x"), ("HOST", "127.0.0.1", "0.0.0.0"),
+                ("UPSTREAM", "gemini", "openrouter"), ("CLIENT_KEYS", "false", "true"),
+                ("PROXY_AUTH_TOKEN", "own", "theirs"), ("GEMINI_TOKEN_COMMAND", "own", "theirs")):
+            environ = {"GEMINI_API_KEY": "k", setting: own}
+            with self.subTest(setting):
+                self.assertEqual(self.load(environ, {}, {setting: theirs}), self.load(environ))
+
     def test_client_keys_that_are_off_are_no_key(self):
         dotenv = {"GEMINI_API_BASE": "http://x", "GEMINI_API_KEY": "k"}
         for env in ({}, {"CLIENT_KEYS": "false"}, {"CLIENT_KEYS": "0"}):
