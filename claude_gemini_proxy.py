@@ -784,14 +784,17 @@ def check_dotenv(values: Json, own: Mapping[str, str], from_dotenv: Mapping[str,
     if opens_port:
         pairs.append(("proxy_auth_token", own["host"]))
     for base in ("gemini_api_base", "openai_api_base"):
-        pairs += [(base, first), (base, from_dotenv.get("client_keys"))]
+        pairs.append((base, first))
+        if base in from_dotenv and "client_keys" in from_dotenv:
+            raise ValueError("%s in .env would get the clients' keys (CLIENT_KEYS): set it in the "
+                             "environment" % from_dotenv[base])
     for upstream, names in KEYS_AND_BASES.items():
         if not any(name in own for name in names):
             pairs.append((upstream + "_api_key", first))
-    for setting, other in pairs:
-        if setting in from_dotenv and other:
+    for name, other in pairs:
+        if name in from_dotenv and other:
             raise ValueError("%s is in .env, but %s is not: put both in one place"
-                             % (from_dotenv[setting], other))
+                             % (from_dotenv[name], other))
 
 
 def is_loopback(host: str) -> bool:

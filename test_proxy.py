@@ -6950,8 +6950,9 @@ class Settings(unittest.TestCase):
         dotenv = {"GEMINI_API_BASE": "http://x", "GEMINI_API_KEY": "k"}
         for env in ({}, {"CLIENT_KEYS": "false"}, {"CLIENT_KEYS": "0"}):
             self.assertEqual(self.load(env, {}, dotenv).gemini_api_base, "http://x")
-        with self.assertRaisesRegex(ValueError, "put both in one place"):
-            self.load({}, {}, {"CLIENT_KEYS": "true", "GEMINI_API_BASE": "http://x"})
+        for base in ("GEMINI_API_BASE", "OPENAI_API_BASE"):
+            with self.assertRaisesRegex(ValueError, base + " in .env would get the clients' keys"):
+                self.load({}, {}, {"CLIENT_KEYS": "true", base: "http://x"})
 
     def test_a_token_is_one_even_with_commas(self):
         config = self.load({"GEMINI_API_KEY": "k", "PROXY_AUTH_TOKEN": "first-half,,second"})
@@ -7175,7 +7176,7 @@ class Program(ProxyCase):
                 ({"HOST": "0.0.0.0"}, {"PROXY_AUTH_TOKEN": "theirs"}),
                 ({}, {"SAFEGUARDS_MODEL": "gemini-3.5-flash-lite"})):
             with self.subTest(environ=environ, dotenv=dotenv), self.assertRaisesRegex(
-                    ValueError, r"in \.env, but|not taken from \.env"):
+                    ValueError, r"in \.env, but|not taken from \.env|in \.env would get"):
                 proxy.load_config({}, environ, dotenv)
         for environ, dotenv in (({}, {"GEMINI_API_KEY": "k"}), ({}, {"OPENROUTER_API_KEY": "k",
                 "UPSTREAM": "openrouter"}), ({"GEMINI_API_KEY": "k"}, {"PORT": "9"})):
