@@ -1587,7 +1587,8 @@ def media_parts(block: Json, t: Translation) -> List[Json]:
     data = valid_base64(t.expect(source.get("data"), str, ".source.data"), what, t)
     mime = t.expect(source.get("media_type") or default_type, str, ".source.media_type")
     if what == "image":  # clients name the wrong type often enough, and Gemini believes them
-        mime = image_type(data, t) or mime
+        head = base64.urlsafe_b64decode(data[:16] + "==")  # takes both alphabets
+        mime = next((known for known, magic in MAGIC_BYTES if head.startswith(magic)), mime)
         if mime == "image/gif" and t.rule.generation:
             raise t.invalid(".source.media_type", "could not process image: Gemini does not take "
                             "image/gif; send PNG, JPEG, WEBP, HEIC or HEIF")
@@ -1600,20 +1601,10 @@ def valid_base64(data: str, what: str, t: Translation) -> str:
     if not data:
         raise t.invalid(".source.data", "%s cannot be empty" % what)
     for text in (data, "".join(data.split())):
-        if is_base64(text) and len(text.rstrip("=")) % 4 != 1:
+        digits = text.rstrip("=")
+        if is_base64(digits) and "=" not in digits and len(digits) % 4 != 1:
             return text
     raise t.invalid(".source.data", "could not process %s: it is not base64" % what)
-
-
-def image_type(data: str, t: Translation) -> str:
-    """The MIME type by the first bytes, or ""."""
-    try:
-        head = base64.urlsafe_b64decode(data[:16])  # takes both alphabets
-    except ValueError:
-        if len(data) < 16:
-            return ""
-        raise t.invalid(".source.data", "could not process image: it is not base64") from None
-    return next((name for name, magic in MAGIC_BYTES if head.startswith(magic)), "")
 
 
 def search_result_parts(block: Json, t: Translation) -> List[Json]:
