@@ -1218,6 +1218,17 @@ class Translation:
         """Return the value of a field of the current block, if it is of this type."""
         return value if type(value) is kind else expect(value, (kind,), self.path(field))
 
+    @functools.cached_property
+    def lower_names(self) -> Dict[str, str]:
+        return {name.lower(): own for name, own in self.names.items()}
+
+    def client_name(self, name: str) -> str:
+        """A function's name -> the client's tool name; also `default_api:Bash`, or another case."""
+        if name in self.names:
+            return self.names[name]
+        bare = re.split(r"[:.]", name)[-1].lower()
+        return self.lower_names.get(name.lower()) or self.lower_names.get(bare) or name
+
 
 class Turn(NamedTuple):
     """Adjacent messages of one role; a block's place is (index of its message, its own)."""
@@ -2798,8 +2809,8 @@ class MessageEmitter:
                  input_tokens: int = 0, edits_wanted: bool = False) -> None:
         self.requested_model, self.input_tokens = requested_model, input_tokens
         self._new_id, self._remember, self._edits_wanted = new_id, remember, edits_wanted
-        self._translation: Any = None
-        self.adopt(translation or Translation({}, model_rule(""), lambda key: None))
+        # answers are read as answers to this request; a fallback model may get another one
+        self.translation = translation or Translation({}, model_rule(""), lambda key: None)
         self.tool_uses: List[Json] = []            # the calls given out: id, name and input
         self.safeguard_results: List[Json] = []    # what the end of the message says of them
         self.has_started = False     # a block has been sent
@@ -2816,12 +2827,6 @@ class MessageEmitter:
         self._signature = ""         # of the open text or thinking block
         self._seen_calls: set = set()
         self._code_id = ""           # of the code that waits for its result
-
-    def adopt(self, translation: Translation) -> None:
-        """Read answers as answers to this request; a fallback model may have got another one."""
-        if translation is not self._translation:
-            self._translation = translation
-            self._lower_names = {name.lower(): own for name, own in translation.names.items()}
 
     def start(self) -> List[Json]:
         """-> [message_start], with an estimate of the input; the truth follows in message_delta."""
@@ -2864,7 +2869,7 @@ class MessageEmitter:
 
     def keep_alive(self) -> List[Json]:
         """An empty delta: some clients do not count pings as activity."""
-        if not self._open and self._translation.thinking and not self.answered:
+        if not self._open and self.translation.thinking and not self.answered:
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
         if self._open in ("thinking", "text"):
             self._delta({"type": self._open + "_delta", self._open: ""})
@@ -2932,11 +2937,11 @@ class MessageEmitter:
             self._paragraph("![%s](%s)" % (mime, uri))
 
     def _thought(self, text: str, signature: str) -> None:
-        if not self._translation.thinking:
+        if not self.translation.thinking:
             return
         if self._open != "thinking" or (signature and self._signature):
             self._open_block({"type": "thinking", "thinking": "", "signature": ""})
-        shown = self._translation.thinking == "shown"
+        shown = self.translation.thinking == "shown"
         if text or not signature:
             self._delta({"type": "thinking_delta", "thinking": text if shown else ""})
         if signature and shown:  # it is sent back whole, or not at all
@@ -2956,7 +2961,7 @@ class MessageEmitter:
     def _function_call(self, call: Json, signature: str, upstream_id: str) -> None:
         """Emit a call once. If thinking is on, a thinking block before it has its signature, which
         so survives a restart of the proxy. Our id contains the upstream's (`call_id`)."""
-        t, name, args = self._translation, call.get("name"), call.get("args") or {}
+        t, name, args = self.translation, call.get("name"), call.get("args") or {}
         if not isinstance(args, dict):
             raise TypeError("arguments that are no object")
         seen = (call.get("id"), name, upstream_json(args))
@@ -2971,7 +2976,7 @@ class MessageEmitter:
         tool_use_id = self._new_id("toolu_") + ("_" + upstream_id if upstream_id else "")
         if signature:
             self._remember(tool_use_id, signature)
-        name = client_name(name, t.names, self._lower_names)
+        name = t.client_name(name)
         args = repair_arguments(args, t.schemas.get(name) or {})
         self._tool_use({"type": "tool_use", "id": tool_use_id, "name": name}, args)
         self.tool_uses.append({"id": tool_use_id, "name": name, "input": args})
@@ -3048,7 +3053,7 @@ class MessageEmitter:
         if self._open == "thinking":  # always one signature: clients may drop a block without
             self._delta({"type": "signature_delta", "signature": self._signature or THOUGHT_MARK})
         elif self._open == "text" and self._signature:
-            key = text_key("".join(self._texts), self._translation.history.session)
+            key = text_key("".join(self._texts), self.translation.history.session)
             self._remember(key, self._signature)
         self._out.append({"type": "content_block_stop", "index": self._index})
         self._open = self._signature = ""
@@ -3102,14 +3107,6 @@ def has_parts(batch: Sequence[Json]) -> bool:
     return any(candidate["content"].get("parts") for chunk in batch
                for candidate in _dicts(chunk.get("candidates"))
                if isinstance(candidate.get("content"), dict))
-
-
-def client_name(name: str, names: Mapping[str, str], lower_names: Mapping[str, str]) -> str:
-    """A function's name -> the client's tool name, also of `default_api:Bash` or another case."""
-    if name in names:
-        return names[name]
-    bare = re.split(r"[:.]", name)[-1].lower()
-    return lower_names.get(name.lower()) or lower_names.get(bare) or name
 
 
 def fact(facts: Dict[Any, Any], find: Callable[[Any], Any], schema: Any) -> Any:
@@ -5114,7 +5111,7 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
         upstream = upstreams.of(exchange.route)
         try:
             for batch, is_last in upstream.attempt(exchange):
-                emitter.adopt(exchange.translation)
+                emitter.translation = exchange.translation
                 feed(batch, is_last)
             if not emitter.is_empty or not upstream.wait_to_retry(exchange):
                 return
