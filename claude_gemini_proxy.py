@@ -1970,7 +1970,13 @@ class SchemaCleaner:
             node = self.typed(schema, types[0], hints)
         else:
             node = _any_value()
-        return _described(node, schema, hints)
+        node.update((k, schema[k]) for k in ("title", "description") if _is_text(schema.get(k)))
+        if "default" in schema:
+            node["default"] = schema["default"]
+        if hints:
+            text = "%s (%s)" % (node.get("description", ""), "; ".join(hints))
+            node["description"] = text.strip()
+        return node
 
     @property
     def is_spent(self) -> bool:
@@ -2047,17 +2053,6 @@ class SchemaCleaner:
         if members and isinstance(items, dict):
             members.append(items)
         return self.union(members) if members else self.node(items)
-
-
-def _described(node: Json, schema: Json, hints: Sequence[str]) -> Json:
-    """A node with its title, description, default, and hints on what was left out."""
-    node.update((k, schema[k]) for k in ("title", "description") if _is_text(schema.get(k)))
-    if "default" in schema:
-        node["default"] = schema["default"]
-    if hints:
-        text = "%s (%s)" % (node.get("description", ""), "; ".join(hints))
-        node["description"] = text.strip()
-    return node
 
 
 def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
