@@ -3329,8 +3329,11 @@ def transcript_entries(message: Any) -> Iterator[Json]:
             yield {"from": "result, not the user", "text": short_json(block.get("content"), 500)}
 
 
-def verdicts(text: str, calls: Sequence[Json]) -> Json:
-    """A judge's answer -> {tool_use id: verdict}. To pass, a call needs one clear verdict."""
+def judgement(message: Json, calls: Sequence[Json]) -> Json:
+    """A judge's message -> {tool_use id: verdict}. To pass, a call needs one clear verdict."""
+    if message["stop_reason"] != "end_turn":
+        return unavailable(calls, "refused" if message["stop_reason"] == "refusal" else "error")
+    text = "".join(block.get("text", "") for block in message["content"])
     try:
         given = json.loads(text, object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
@@ -3357,13 +3360,6 @@ def unique_names(pairs: Sequence[Tuple[str, Any]]) -> Json:
     if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError("a name stands twice")
     return dict(pairs)
-
-
-def judgement(message: Json, calls: Sequence[Json]) -> Json:
-    """The judge's whole message -> {tool_use id: verdict}"""
-    if message["stop_reason"] != "end_turn":
-        return unavailable(calls, "refused" if message["stop_reason"] == "refusal" else "error")
-    return verdicts("".join(block.get("text", "") for block in message["content"]), calls)
 
 
 def unavailable(calls: Sequence[Json], reason: str) -> Json:
