@@ -1266,21 +1266,18 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
         generation["thinkingConfig"] = thinking_config
     system = t.system + t.history.system + format_hint
     system += search_hints(tools) if "googleSearch" in built_in else []
-    t.body = {"contents": contents, "generationConfig": generation, **service_fields(config)}
+    t.body = {"contents": contents, "generationConfig": generation}
+    # https://ai.google.dev/gemini-api/docs/logs-datasets (read 2026-11-24); not for Vertex AI
+    is_vertex = "aiplatform" in config.gemini_api_base
+    if config.store == "false" and not is_vertex:
+        t.body["store"] = False
+    if config.service_tier and not is_vertex:
+        t.body["serviceTier"] = config.service_tier.upper()
     if system:
         t.body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
     t.names = {declared["name"]: tool["name"] for declared, tool in functions}
     t.body.update(tool_fields(functions, built_in, request.get("tool_choice") or {}, t.names))
     return t
-
-
-def service_fields(config: Config) -> Json:
-    """What STORE and SERVICE_TIER add; Vertex AI does not know these fields.
-    Source: https://ai.google.dev/gemini-api/docs/logs-datasets (read 2026-11-24)."""
-    if "aiplatform" in config.gemini_api_base:
-        return {}
-    fields: Json = {} if config.store != "false" else {"store": False}
-    return dict(fields, serviceTier=config.service_tier.upper()) if config.service_tier else fields
 
 
 def read_history(request: Json, t: Translation) -> List[Json]:
