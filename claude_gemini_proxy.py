@@ -1444,10 +1444,7 @@ def tool_result(block: Json, t: Translation) -> Tuple[str, Json, List[Json]]:
     """A tool_result block -> (tool_use_id, functionResponse.response, media parts)."""
     tool_use_id = t.expect(block.get("tool_use_id") or "", str, ".tool_use_id")
     key = "error" if block.get("is_error") is True else "output"
-    content = block.get("content")
-    if isinstance(content, str):
-        return tool_use_id, {key: content}, []
-    parts = inner_parts(content, ".content", t)
+    parts = inner_parts(block.get("content"), ".content", t)
     texts = [part["text"] for part in parts if "text" in part]
     return tool_use_id, {key: "\n".join(texts)}, [part for part in parts if "text" not in part]
 
