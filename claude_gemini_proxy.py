@@ -1198,7 +1198,8 @@ class Translation:
         self.names: Dict[str, str] = {}       # declared function name -> the client's tool name
         self.schemas: Dict[str, Any] = {}     # the client's tool name -> its input_schema
         self.thinking = "shown"               # or "omitted", or "" for off
-        self.single_call = bool((request.get("tool_choice") or {}).get("disable_parallel_tool_use"))
+        self.choice: Json = request.get("tool_choice") or {}
+        self.single_call = bool(self.choice.get("disable_parallel_tool_use"))
         self.notes: List[str] = []            # what was left out, for the log
         self.from_client = ""                 # signature in the thinking block before a call
         self.place, self.inner = (0, 0), ""   # of the current block, for errors
@@ -1228,6 +1229,17 @@ class Translation:
             return self.names[name]
         bare = re.split(r"[:.]", name)[-1].lower()
         return self.lower_names.get(name.lower()) or self.lower_names.get(bare) or name
+
+    def chosen(self) -> Tuple[str, str]:
+        """tool_choice -> (its type, the function that it names). One that names no declared
+        function leaves the model free, like none at all: its type is ""."""
+        kind = self.choice.get("type")
+        name = short_name(str(self.choice.get("name")), self.tool_name)
+        if kind not in ("auto", "any", "tool", "none", None):
+            raise invalid("tool_choice.type: must be auto, any, tool or none, not %s"
+                          % json.dumps(kind)[:80])
+        is_free = kind is None or (kind == "tool" and name not in self.names)
+        return ("" if is_free else kind), name
 
 
 class Turn(NamedTuple):
@@ -1275,8 +1287,8 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
         t.body["serviceTier"] = config.service_tier.upper()
     if system:
         t.body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
-    t.names = {declared["name"]: tool["name"] for declared, tool in functions}
-    t.body.update(tool_fields(functions, built_in, request.get("tool_choice") or {}, t.names))
+    t.names = {declared["name"]: name for name, declared in functions.items()}
+    t.body.update(tool_fields(list(functions.values()), built_in, t))
     return t
 
 
@@ -1709,6 +1721,7 @@ CLIENT_TOOLS = {
 SERVER_TOOLS = {"web_search_": "googleSearch", "web_fetch_": "urlContext",
                 "code_execution_": "codeExecution"}
 REFUSED_TOOLS = ("computer_", "browser_toolset", "advisor_", "mcp_toolset")
+GEMINI_MODES = {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}
 
 
 def offered_tools(request: Json, history: History) -> List[Json]:
@@ -1733,9 +1746,10 @@ def offered_tools(request: Json, history: History) -> List[Json]:
             if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
 
 
-def declared_tools(tools: Sequence[Json], t: Translation, declare: Declare) -> Tuple[List, List]:
-    """Tools -> ([(function declaration, client's tool), ...], fields of Gemini's own tools)."""
-    functions: List[Tuple[Json, Json]] = []
+def declared_tools(tools: Sequence[Json], t: Translation,
+                   declare: Declare) -> Tuple[Dict[str, Json], List[str]]:
+    """Tools -> ({client's name: function declaration}, fields of Gemini's own tools)."""
+    functions: Dict[str, Json] = {}
     built_in: List[str] = []
     dropped: List[str] = []
     for tool in tools:
@@ -1746,7 +1760,7 @@ def declared_tools(tools: Sequence[Json], t: Translation, declare: Declare) -> T
         if own:
             built_in += [own] if own not in built_in else []
         elif known or kind == "custom" or tool.get("input_schema") is not None:
-            functions.append(((declare or declaration)(tool), tool))
+            functions[tool["name"]] = (declare or declaration)(tool)
             t.schemas[tool["name"]] = tool.get("input_schema")
         else:
             dropped.append("%s (%s)" % (tool["name"][:100], kind[:100]))
@@ -1785,30 +1799,20 @@ def search_hints(tools: Sequence[Json]) -> List[str]:
             for key, sentence in sentences if _list(tool, key)]
 
 
-def tool_fields(functions: Sequence[Tuple[Json, Json]], built_in: Sequence[str], choice: Json,
-                names: Mapping[str, str]) -> Json:
+def tool_fields(functions: List[Json], built_in: Sequence[str], t: Translation) -> Json:
     tools: List[Json] = [{name: {}} for name in built_in]
     if not functions:
         return {"tools": tools} if tools else {}
-    tools.insert(0, {"functionDeclarations": [declared for declared, _ in functions]})
-    config = function_calling(choice, names)
+    tools.insert(0, {"functionDeclarations": functions})
+    config: Json = {}
+    kind, name = t.chosen()
+    if kind:
+        config["functionCallingConfig"] = {"mode": GEMINI_MODES[kind]}
+    if kind == "tool":
+        config["functionCallingConfig"]["allowedFunctionNames"] = [name]
     if built_in:
         config["includeServerSideToolInvocations"] = True
     return {"tools": tools, "toolConfig": config} if config else {"tools": tools}
-
-
-def function_calling(choice: Json, names: Mapping[str, str]) -> Json:
-    """tool_choice -> toolConfig; a choice that names no declared function leaves Gemini free."""
-    kind, name = choice.get("type"), short_name(str(choice.get("name")))
-    if kind not in ("auto", "any", "tool", "none", None):
-        raise invalid("tool_choice.type: must be auto, any, tool or none, not %s"
-                      % json.dumps(kind)[:80])
-    if kind is None or (kind == "tool" and name not in names):
-        return {}
-    calling: Json = {"mode": {"auto": "AUTO", "none": "NONE"}.get(kind, "ANY")}
-    if kind == "tool":
-        calling["allowedFunctionNames"] = [name]
-    return {"functionCallingConfig": calling}
 
 
 def answer_format(request: Json, has_tools: bool, rule: ModelRule) -> Tuple[List[str], Json]:
@@ -2305,11 +2309,11 @@ def to_openai(request: Json, model: str, config: Config, lookup: Lookup = lambda
               "max_completion_tokens" if dialect == "openai" else "max_tokens": limit,
               **openai_reasoning(request, t, dialect, limit), **sampling(request, OPENAI_SAMPLING)}
     if functions:
-        t.names = {short_name(tool["name"], _OPENAI_NAME): tool["name"] for _, tool in functions}
+        t.names = {short_name(name, _OPENAI_NAME): name for name in functions}
         t.body["tools"] = [{"type": "function", "function": {
-            "name": short_name(tool["name"], _OPENAI_NAME), "description": declared["description"],
-            "parameters": declared["parametersJsonSchema"]}} for declared, tool in functions]
-        t.body.update(openai_choice(request.get("tool_choice") or {}, t.names))
+            "name": name, "description": functions[own]["description"],
+            "parameters": functions[own]["parametersJsonSchema"]}} for name, own in t.names.items()]
+        t.body.update(openai_choice(t))
     elif built_in == ["googleSearch"] and dialect == "openrouter":
         t.body["plugins"] = [{"id": "web"}]
     elif built_in:
@@ -2422,14 +2426,12 @@ def kept_fields(signature: str, dialect: str) -> Json:
     return kept if isinstance(kept, dict) and kept.pop("for", "") == dialect else {}
 
 
-def openai_choice(choice: Json, names: Mapping[str, str]) -> Json:
-    """tool_choice -> fields of the body; a choice that names no offered tool leaves all free."""
-    function_calling(choice, {})  # for its checks
-    kind, name = choice.get("type"), short_name(str(choice.get("name")), _OPENAI_NAME)
-    fields: Json = {"parallel_tool_calls": False} if choice.get("disable_parallel_tool_use") else {}
-    if kind == "tool" and name in names:
+def openai_choice(t: Translation) -> Json:
+    kind, name = t.chosen()
+    fields: Json = {"parallel_tool_calls": False} if t.single_call else {}
+    if kind == "tool":
         fields["tool_choice"] = {"type": "function", "function": {"name": name}}
-    elif kind in OPENAI_CHOICES:
+    elif kind:
         fields["tool_choice"] = OPENAI_CHOICES[kind]
     return fields
 
