@@ -1493,7 +1493,7 @@ def thinking_parts(block: Json, t: Translation) -> List[Json]:
     """Take the signature from a thinking block of ours. Its text is sent back only where the
     thought itself was signed. Other signatures are dropped: Gemini refuses them."""
     signature = str(block.get("signature"))
-    if signature.startswith(CALL_MARK) and signature.isascii():
+    if signature.startswith(CALL_MARK):
         t.from_client = signature[len(CALL_MARK):]
     own = signature[len(THOUGHT_MARK):] if signature.startswith(THOUGHT_MARK) else ""
     if own and isinstance(block.get("thinking"), str) and is_base64(own) and t.takes(own):
@@ -2150,7 +2150,7 @@ def _joined(base: Json, extra: Json) -> Json:
 
 def _types(schema: Json) -> List[str]:
     """The types that a node allows; inferred where it names none, empty if nothing shows them."""
-    named = schema["type"] if isinstance(schema.get("type"), list) else [schema.get("type")]
+    named = _list(schema, "type") or [schema.get("type")]
     types = [kind.lower() for kind in named if isinstance(kind, str) and kind.lower() in _TYPES]
     if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
         implied = (["object"] if isinstance(schema.get("properties"), dict)
