@@ -1314,7 +1314,7 @@ def read_messages(messages: Sequence[Any], contents: List[Json], t: Translation)
 
 
 def end_history(contents: List[Json], t: Translation) -> None:
-    if t.history.role != "user" or t.history.calls:
+    if t.history.role != "user":
         parts = user_parts([], t) or [{"text": CONTINUE}]
         add_content(contents, "user", parts, t.history)
 
@@ -2152,11 +2152,11 @@ def _types(schema: Json) -> List[str]:
     """The types that a node allows; inferred where it names none, empty if nothing shows them."""
     named = _list(schema, "type") or [schema.get("type")]
     types = [kind.lower() for kind in named if isinstance(kind, str) and kind.lower() in _TYPES]
-    if not types and not _list(schema, "anyOf") and not _list(schema, "oneOf"):
+    if not types:
         implied = (["object"] if isinstance(schema.get("properties"), dict)
                    else ["array"] if "items" in schema else [])
         types = sorted({_JSON_TYPES[type(value)] for value in _values(schema)}) or implied
-    if types and "null" not in types and schema.get("nullable") is True:
+    if types and schema.get("nullable") is True:
         types.append("null")
     return types
 
