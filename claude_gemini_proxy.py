@@ -2595,8 +2595,9 @@ def openai_arguments(text: str) -> Optional[Json]:
         start += 2
     text = text[start:]
     try:
-        args = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+        args = json.loads(text) if text.strip() else {}
         args = json.loads(args) if isinstance(args, str) else args
+        upstream_json(args)  # Python reads NaN and 1e999, too
     except (ValueError, RecursionError):
         return None
     return args if isinstance(args, dict) else {} if args is None else None
@@ -3147,12 +3148,6 @@ def allowed_types(schema: Any) -> List[str]:
     return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
-def finite(number: str) -> float:
-    if math.isinf(float(number)):
-        raise ValueError("JSON has no such number")
-    return float(number)
-
-
 def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any, Any]) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
     kind = _JSON_TYPES[type(value)]
@@ -3164,7 +3159,8 @@ def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any
         return [repair_value(item, items, inner, facts) for item in value] if inner else value
     if kind == "string" and "string" not in types:  # what it says, if that is of a right type
         try:
-            said = json.loads(value, parse_float=finite, parse_constant=_no_constant)
+            said = json.loads(value)
+            upstream_json(said)  # Python reads NaN and 1e999, too
         except (ValueError, RecursionError):
             return value
         return _of_types(said, types, value)

@@ -5902,6 +5902,9 @@ CHUNK_CASES = (  # name, chunks, what a reader gets, stop_reason
      unreadable('{"comm'), "end_turn"),
     ("NaN in a call", [A, oa_call(0, '{"command": NaN}', "a", "Bash"), STOP],
      unreadable('{"command": NaN}'), "end_turn"),
+    ("a number too large in a call, which is a text", [
+        A, oa_call(0, '"{\\"n\\": 1e999}"', "a", "Bash"), STOP],
+     unreadable('"{\\"n\\": 1e999}"'), "end_turn"),
     ("no arguments, no end", [oa_call(0, None, "a", "Bash")],
      [("tool_use", ("Bash", {}))], "tool_use"),
     ("an object for arguments", [oa_call(None, {"command": "1"}, "a", "Bash"), CALLS],
