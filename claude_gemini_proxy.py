@@ -2413,8 +2413,8 @@ def openai_part(part: Json, dialect: str) -> Json:
 
 def kept_signature(fields: Json, dialect: str) -> str:
     """Fields that must be sent back with an assistant message, as a signature."""
-    kept = dump_json(dict(fields, **{"for": dialect}))
-    return OPENAI_MARK + base64.urlsafe_b64encode(kept).decode("ascii")
+    kept = upstream_json(dict(fields, **{"for": dialect}))
+    return OPENAI_MARK + base64.urlsafe_b64encode(kept.encode("ascii")).decode("ascii")
 
 
 def kept_fields(signature: str, dialect: str) -> Json:
@@ -2565,7 +2565,7 @@ class ChunksFromOpenAI:
             self._by_index[index] = call
         call["id"], call["name"] = call["id"] or id_, call["name"] or name
         call["arguments"].append(arguments if isinstance(arguments, str)
-                                 else dump_json(arguments).decode("ascii"))
+                                 else upstream_json(arguments))
         call["extras"].update((field, delta[field]) for field in CALL_EXTRAS if delta.get(field))
 
     def _take_kept(self, has_calls: bool) -> Json:

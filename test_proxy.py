@@ -6215,6 +6215,14 @@ class ChatCompletions(ProxyCase):
                         part["kept"] = proxy.kept_fields(kept, "openrouter")
                 self.assertEqual(parts, expected)
 
+    def test_what_json_cannot_hold_is_the_upstreams_fault(self):
+        for more in ({"arguments": {"a": 1e999}}, {"arguments": "{}"}):
+            call_ = {"index": 0, "id": "i", "function": dict(more, name="Bash")}
+            with self.subTest(more), self.assertRaises(proxy.ProxyError) as caught:
+                proxy.ChunksFromOpenAI().feed(oa("tool_calls", tool_calls=[call_],
+                                                 reasoning_details=[{"confidence": 1e999}]))
+            self.assertEqual(caught.exception.status, 500)
+
     def test_usage_becomes_that_of_gemini(self):
         for usage, expected in USAGE_CASES:
             for place in (oa("stop", usage), {"choices": [{"delta": {}, "usage": usage}]}):
