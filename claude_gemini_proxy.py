@@ -2046,11 +2046,10 @@ class SchemaCleaner:
 
     def items(self, schema: Json) -> Json:
         """One schema for all items of an array; the members of a tuple become alternatives."""
-        items = schema.get("items")
         members = _list(schema, "prefixItems") or _list(schema, "items")
-        if members and isinstance(items, dict):
-            members.append(items)
-        return self.union(members) if members else self.node(items)
+        if isinstance(schema.get("items"), dict):
+            members.append(schema["items"])
+        return self.union(members)
 
 
 def _scalar_keywords(schema: Json, node: Json, hints: List[str]) -> None:
