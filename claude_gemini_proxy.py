@@ -73,7 +73,6 @@ import urllib.parse
 import urllib.request
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import MappingProxyType
 from typing import (Any, Callable, Deque, Dict, Iterable, Iterator, List, Mapping, NamedTuple,
                     Optional, Sequence, Tuple)
@@ -5261,7 +5260,7 @@ class Secrets(logging.Filter):
         return True
 
 
-class ProxyServer(ThreadingHTTPServer):
+class ProxyServer(socketserver.ThreadingTCPServer):
     """A thread for each connection; the shared objects that handlers use hang here."""
 
     daemon_threads = True
@@ -5291,11 +5290,7 @@ class ProxyServer(ThreadingHTTPServer):
         self._spare = open(os.devnull, "rb")  # its descriptor is for when none is left
         self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         super().__init__((config.host, config.port), ProxyHandler)
-
-    def server_bind(self) -> None:
-        """Without HTTPServer's look-up of the host's name, which can take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.server_name, self.server_port = self.server_address[:2]
 
     @property
     def url(self) -> str:
@@ -5391,11 +5386,10 @@ def new_id(prefix: str) -> str:
 _REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~\x80-\xff]*) (HTTP/1\.[0-9])")
 
 
-class HTTPHandler(BaseHTTPRequestHandler):
-    """One client connection: reads requests, refuses bad ones, writes responses. Stricter than the
-    base class about what two readers could take in two ways, and quicker."""
+class HTTPHandler(socketserver.StreamRequestHandler):
+    """One client connection: reads requests, refuses bad ones, writes responses. Stricter than
+    http.server about what two readers could take in two ways, and quicker."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = 60                  # seconds a client may take for what is written at once
     idle_seconds = 120.0          # between two requests
@@ -5409,7 +5403,15 @@ class HTTPHandler(BaseHTTPRequestHandler):
         self.reader = DeadlineReader(self.connection)
         self.rfile = io.BufferedReader(self.reader, 65536)
 
+    def handle(self) -> None:
+        self.close_connection = False
+        while not self.close_connection:
+            self.handle_one_request()
+
     def handle_one_request(self) -> None:
+        self.server.connections.mark(self.connection, Connections.WAITING)
+        self.stream, self.headers = None, {}  # an idle connection holds nothing of its last request
+        self.request_id, self.command, self.body_read = new_id("req_"), "", False
         self.close_connection = True
         try:
             self.reader.allow(self.idle_seconds)
@@ -5420,35 +5422,34 @@ class HTTPHandler(BaseHTTPRequestHandler):
                 self.rfile.read(1)
             if not first:
                 return
+            self.reader.allow(self.head_seconds)
+            self.read_head()
+        except ProxyError as error:
+            with contextlib.suppress(OSError):
+                self.respond(error.status, dump_json(error.body(self.request_id)))
         except (ConnectionError, socket.timeout):
             return
-        self.reader.allow(self.head_seconds)
-        super().handle_one_request()
-        self.stream, self.headers = None, {}  # an idle connection holds nothing of its request
-        self.server.connections.mark(self.connection, Connections.WAITING)
+        else:
+            self.route()
 
-    def parse_request(self) -> bool:
-        self.request_id = new_id("req_")
-        self.body_read, self.close_connection = False, True
-        self.requestline = str(self.raw_requestline, "latin-1").rstrip("\r\n")
-        found = _REQUEST_LINE.fullmatch(self.requestline)
+    def read_head(self) -> None:
+        """The request's line and headers. Raises ProxyError; the connection then closes."""
+        line = self.rfile.readline(HEAD_LIMIT)
+        found = _REQUEST_LINE.fullmatch(str(line, "latin-1").rstrip("\r\n"))
+        if len(line) == HEAD_LIMIT:
+            raise ProxyError(413, "Bad HTTP request: the request line is too long")
         if not found:
-            self.command, self.request_version = "", self.default_request_version
-            if self.raw_requestline:
-                self.send_error(400, "the request line is not METHOD /path HTTP/1.1")
-            return False
-        self.command, self.path, self.request_version = found.groups()
-        self.path = "/" + self.path.lstrip("/")
+            raise invalid("Bad HTTP request: the request line is not METHOD /path HTTP/1.1")
         try:
             self.headers = parse_headers(read_head(self.rfile))
         except ValueError as exc:
-            self.send_error(431 if "longer" in str(exc) else 400,
-                            "the headers are malformed: %s" % exc)
-            return False
+            raise ProxyError(413 if "longer" in str(exc) else 400,
+                             "Bad HTTP request: the headers are malformed: %s" % exc) from None
+        self.command, path, self.request_version = found.groups()
+        self.path = "/" + path.lstrip("/")
         options = self.headers.get("connection", "").lower()
         self.close_connection = "close" in options or (
             self.request_version == "HTTP/1.0" and "keep-alive" not in options)
-        return True
 
     def guard(self) -> None:
         """Refuse what a web page in the user's browser may send, and what there is no room for. A
@@ -5584,20 +5585,6 @@ class HTTPHandler(BaseHTTPRequestHandler):
     def respond_json(self, value: Any) -> None:
         self.respond(200, dump_json(value))
 
-    def send_error(self, code: int, message: Optional[str] = None) -> None:
-        """What is wrong with a request line or header, here or in the base class."""
-        self.request_id, self.headers, self.body_read = new_id("req_"), {}, False
-        self.close_connection = True
-        status = {501: 405, 505: 400, 414: 413, 431: 413}.get(code, code)
-        error = ProxyError(status, "Bad HTTP request: %s"
-                           % str(message or http.client.responses.get(code))[:200])
-        with contextlib.suppress(OSError):
-            self.command = ""  # whatever it is, a body may follow
-            self.respond(status, dump_json(error.body(self.request_id)))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        LOG.debug(format, *args)
-
 
 # ---- 16. Endpoints (I/O) --------------------------------------------------------------------
 
@@ -5649,8 +5636,6 @@ class ProxyHandler(HTTPHandler):
         if path.startswith("/v1/messages"):  # what passes through to Anthropic goes there
             self.path = path + ("?" + query if query else "")
         return path
-
-    do_GET = do_POST = do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = route
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
