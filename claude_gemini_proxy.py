@@ -3504,27 +3504,15 @@ class LRUCache:
             return len(self._entries), self._used
 
 
-class SignatureCache:
-    """Thought signatures by tool_use id or text key. With CLIENT_KEYS each client is an owner, and
-    shares nothing."""
+class SignatureCache(LRUCache):
+    """Thought signatures by tool_use id or text key, with the owner before it: with CLIENT_KEYS
+    each client is one, and shares nothing."""
 
     ENTRY_BYTES = 290  # what an entry costs beside its two strings (measured, CPython 3.11)
 
-    def __init__(self, size: int, ttl: float, limit_bytes: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self._known = LRUCache(limit_bytes, size, ttl, clock)
-        self.size = self._known.size
-
-    def get(self, key: str, owner: str = "") -> Optional[str]:
-        return self._known.get(owner + key)
-
-    def get_all(self, keys: Iterable[str], owner: str = "") -> List[Optional[str]]:
-        return self._known.get_all([owner + key for key in keys])
-
-    def put(self, key: str, signature: str, owner: str = "") -> None:
-        """Keep a signature. The first one of a text stays, so that the history's bytes stay."""
-        size = len(owner) + len(key) + len(signature) + self.ENTRY_BYTES
-        self._known.put(owner + key, signature, size, replace=False)
+    def keep(self, key: str, signature: str) -> None:
+        """The first one of a text stays, so that the history's bytes stay."""
+        self.put(key, signature, len(key) + len(signature) + self.ENTRY_BYTES, replace=False)
 
 
 def owner_of(client_key: str) -> str:
@@ -3904,7 +3892,7 @@ class HistoryCache:
                 path += [piece] if piece else []
             self._renew(path)
         return list(itertools.takewhile(
-            lambda piece: get_all(piece.asked, owner) == piece.said, path))
+            lambda piece: get_all([owner + name for name in piece.asked]) == piece.said, path))
 
     def keep(self, path: List[Piece], pieces: List[Piece]) -> None:
         """Put new pieces behind those of a path; what is too old or too much goes."""
@@ -5273,8 +5261,8 @@ class ProxyServer(socketserver.ThreadingTCPServer):
         self.secrets = Secrets(config)
         LOG.addFilter(self.secrets)
         self.metrics = Metrics()
-        self.signatures = SignatureCache(config.signature_cache_size, config.signature_cache_ttl,
-                                         config.signature_cache_bytes)
+        self.signatures = SignatureCache(config.signature_cache_bytes, config.signature_cache_size,
+                                         config.signature_cache_ttl)
         self.tools = ToolCache()
         self.histories = HistoryCache(config, self.signatures, self.tools.parse,
                                       0 if upstream else config.history_cache_bytes)
@@ -5701,25 +5689,33 @@ class ProxyHandler(HTTPHandler):
               read: ReadHistory = None) -> Tuple[Exchange, MessageEmitter]:
         """A request on its way, if the budget covers it, and what makes its answer."""
         server, config = self.server, self.server.config
-        lookup = functools.partial(server.signatures.get, owner=owner_of(self.client_key()))
-        translate = functools.partial(translated, request, config, lookup=lookup,
-                                      declare=server.tools.declare, read=read)
         live = bool(request.get("stream")) and config.stream_mode == "live"
         routes = [resolve_model(request["model"], config)]
         routes += [route_to(name, config) for name in config.fallback_models]
         if routes[0] == Route("openai", "default"):  # the first one that the server lists
             listed = server.upstream.of(routes[0]).models()
             routes[0] = Route("openai", next(iter(listed), "default"))
-        exchange = Exchange(request, routes, translate, live, self.client_key())
+        exchange = self.exchange_for(request, routes, live, read)
         session = self.headers.get("x-claude-code-session-id", "")
         exchange.session = short_hash(session) if session else ""
         if re.fullmatch("[0-9A-Fa-f-]{8,64}", session):
             server.traffic.last_session = session
         self.check_budget(exchange)
-        remember = functools.partial(server.signatures.put, owner=exchange.owner)
         estimate = server.tokens.estimate(size, exchange.translation)
-        return exchange, MessageEmitter(request["model"], new_id, remember, exchange.translation,
-                                        estimate, bool(request.get("context_management")))
+        return exchange, MessageEmitter(
+            request["model"], new_id,
+            lambda key, signature: server.signatures.keep(exchange.owner + key, signature),
+            exchange.translation, estimate, bool(request.get("context_management")))
+
+    def exchange_for(self, request: Json, routes: Sequence[Route], stream: bool = False,
+                     read: ReadHistory = None) -> Exchange:
+        """A request on its way, with what translates it for each of the routes."""
+        server, client_key = self.server, self.client_key()
+        owner = owner_of(client_key)
+        translate = functools.partial(translated, request, server.config,
+                                      lookup=lambda key: server.signatures.get(owner + key),
+                                      declare=server.tools.declare, read=read)
+        return Exchange(request, routes, translate, stream, client_key)
 
     def check_budget(self, exchange: Exchange) -> None:
         """Refuse what BUDGET_USD does not cover, or what cannot be counted against it."""
@@ -5790,9 +5786,7 @@ class ProxyHandler(HTTPHandler):
             return unavailable(calls, "error")
         is_sub_agent = bool(self.headers.get("x-claude-code-agent-id"))
         body = judge_request(exchange.request, context, calls, is_sub_agent)
-        check = Exchange(body, [route_to(config.safeguards_model, config)],
-                         functools.partial(translated, body, config),
-                         client_key=exchange.client_key)
+        check = self.exchange_for(body, [route_to(config.safeguards_model, config)])
         check.end_within(config.safeguards_timeout, "SAFEGUARDS_TIMEOUT")
         emitter = MessageEmitter(body["model"], new_id, lambda key, signature: None,
                                  check.translation)
@@ -5921,10 +5915,7 @@ class ProxyHandler(HTTPHandler):
         if self.forward_to_anthropic(request, body):
             return
         check_request(request)
-        translate = functools.partial(translated, request, server.config,
-                                      declare=server.tools.declare)
-        exchange = Exchange(request, [resolve_model(request["model"], server.config)], translate,
-                            client_key=self.client_key())
+        exchange = self.exchange_for(request, [resolve_model(request["model"], server.config)])
         estimate = server.tokens.estimate(len(body), exchange.translation)
         key = hashlib.blake2b(("%s %s " % (exchange.owner, exchange.model)).encode() + body,
                               digest_size=16).digest()

@@ -2682,42 +2682,42 @@ def outcome(function, *arguments):
 class State(unittest.TestCase):
 
     def test_the_signature_cache_drops_the_least_recently_used(self):
-        cache = proxy.SignatureCache(2, 10, 1 << 20, lambda: 0.0)
-        cache.put("a", "1")
-        cache.put("b", "2")
+        cache = proxy.SignatureCache(1 << 20, 2, 10, lambda: 0.0)
+        cache.keep("a", "1")
+        cache.keep("b", "2")
         self.assertEqual(cache.get("a"), "1")
-        cache.put("c", "3")
+        cache.keep("c", "3")
         self.assertEqual([cache.get(k) for k in "abc"], ["1", None, "3"])
 
     def test_a_signature_expires_unless_it_is_used(self):
         now = [0.0]
-        cache = proxy.SignatureCache(2, 10, 1 << 20, lambda: now[0])
-        cache.put("a", "1")
-        cache.put("c", "3")
+        cache = proxy.SignatureCache(1 << 20, 2, 10, lambda: now[0])
+        cache.keep("a", "1")
+        cache.keep("c", "3")
         now[0] = 9
         self.assertEqual(cache.get("a"), "1")
         now[0] = 15
         self.assertEqual((cache.get("a"), cache.get("c")), ("1", None))
 
     def test_the_signature_cache_is_bound_in_bytes(self):
-        cache = proxy.SignatureCache(1000, 10, 5000)
+        cache = proxy.SignatureCache(5000, 1000, 10)
         for i in range(100):
-            cache.put("k%d" % i, "x" * 700)
+            cache.keep("k%d" % i, "x" * 700)
             self.assertLessEqual(cache.size()[1], 5000)
         self.assertEqual(cache.get("k99"), "x" * 700)
         self.assertIsNone(cache.get("k0"))
 
     def test_eight_threads_leave_the_signature_cache_whole(self):
-        cache = proxy.SignatureCache(500, 10, 1 << 20)
+        cache = proxy.SignatureCache(1 << 20, 500, 10)
 
         def hammer(n):
             rng = random.Random(n)
             for _ in range(1000):
-                cache.put("k%d" % rng.randrange(2000), "s" * rng.randrange(50))
+                cache.keep("k%d" % rng.randrange(2000), "s" * rng.randrange(50))
                 cache.get("k%d" % rng.randrange(2000))
 
         in_threads(8, hammer)
-        entries = cache._known._entries.items()
+        entries = cache._entries.items()
         size = sum(len(k) + len(v[0]) + cache.ENTRY_BYTES for k, v in entries)
         self.assertEqual(cache.size(), (500, size))
 
@@ -3445,9 +3445,12 @@ class Incremental(unittest.TestCase):
 
     def run_conversations(self, seed, steps=50):
         rng, now = random.Random(seed), [0.0]
-        signatures = proxy.SignatureCache(1000, 30.0, 1 << 20, lambda: now[0])
+        signatures = proxy.SignatureCache(1 << 20, 1000, 30.0, lambda: now[0])
         owner = proxy.owner_of("k")
-        lookup = functools.partial(signatures.get, owner=owner)
+
+        def lookup(key):
+            return signatures.get(owner + key)
+
         tools, declare = proxy.ToolCache(), proxy.ToolCache().declare
         cache = proxy.HistoryCache(CONFIG, signatures, tools.parse,
                                    rng.choice([1 << 20, 40000, 9000]), lambda: now[0])
@@ -3458,15 +3461,15 @@ class Incremental(unittest.TestCase):
         conversations = [RandomConversation(rng) for _ in range(rng.randint(1, 3))]
 
         def peek(key):  # without renewing it
-            entry = signatures._known._entries.get(owner + key)
+            entry = signatures._entries.get(owner + key)
             return entry[0] if entry and entry[2] >= now[0] else None
 
         for step in range(steps):
             conversation = rng.choice(conversations)
             conversation.step()
             if conversation.ids and rng.random() < .5:
-                signatures.put(rng.choice(conversation.ids),
-                               rng.choice(["SIGA", "SIGB", "openai-Z"]), owner)
+                signatures.keep(owner + rng.choice(conversation.ids),
+                                rng.choice(["SIGA", "SIGB", "openai-Z"]))
             now[0] += rng.choice([.1, .1, .1, 5, 20])
             offered = offered if rng.random() < .9 else rng.choice(self.TOOL_LISTS)
             raw = self.raw(rng, conversation, order, style, offered)
@@ -3474,8 +3477,8 @@ class Incremental(unittest.TestCase):
             new = outcome(self.translation, raw, cache, lookup, tools.declare)
             self.assertEqual(new, plain, (seed, step))
             if rng.random() < .3 and isinstance(plain[1], dict):
-                signatures.put(proxy.text_key(rng.choice(ODD_TEXTS), plain[1]["session"]),
-                               rng.choice(["SIGT", "openai-T"]), owner)
+                text_key = proxy.text_key(rng.choice(ODD_TEXTS), plain[1]["session"])
+                signatures.keep(owner + text_key, rng.choice(["SIGT", "openai-T"]))
             kept = list(cache._pieces)
             self.assertEqual(cache.figures["bytes"], sum(piece.size for piece in kept))
             self.assertLessEqual(cache.figures["bytes"], cache._limit)
@@ -3492,7 +3495,7 @@ class Incremental(unittest.TestCase):
         edits += [lambda m: json.loads(json.dumps(m).replace("xx\"", "xy\"").replace("I", "J")),
                   lambda m: {"role": "system", "content": "n", "clear_at": "next_user_message"}]
         for place, edit, cut in itertools.product(range(len(messages)), edits, (1, 2, 9)):
-            signatures = proxy.SignatureCache(100, 100, 10 ** 6)
+            signatures = proxy.SignatureCache(10 ** 6, 100, 100)
             cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 10 ** 6)
             cache.LEAST_MESSAGES = cache.LEAST_PIECE = 0
             edited = messages[:place] + [edit(messages[place])] + messages[place + 1:place + cut]
@@ -3920,7 +3923,7 @@ class KnownHistories(ProxyCase):
         r = self.run_proxy(script)
         r.fake.issued[SIGNATURE] = ("Tool1", {"p1": "x" * 300})
         for i in range(31):
-            r.server.signatures.put("toolu_%d" % i, SIGNATURE)
+            r.server.signatures.keep("toolu_%d" % i, SIGNATURE)
         self.assertEqual(r.ask(session(30))[0], 200)
         refuse.append(True)
         self.assertEqual(r.ask(session(31))[0], 200)
@@ -4010,7 +4013,7 @@ class KnownHistories(ProxyCase):
         self.assertEqual((cache.figures["bytes"], len(cache._pieces)), (0, 0))
 
     def test_what_is_kept_is_bounded_in_bytes_and_in_time(self):
-        now, signatures = [0.0], proxy.SignatureCache(1000, 100, 1 << 20)
+        now, signatures = [0.0], proxy.SignatureCache(1 << 20, 1000, 100)
         cache = proxy.HistoryCache(CONFIG, signatures, proxy.parse_json, 4 << 20, lambda: now[0])
         tracemalloc.start()
         try:
@@ -5835,13 +5838,13 @@ class Demo(ProxyCase):
         body, content = self.called(r)
         body["messages"] += [says(content[-1]), results(content[-1]["id"])]
         self.assertEqual(r.ask(body)[0], 200)  # the proxy has kept the signature
-        r.server.signatures = proxy.SignatureCache(10, 10, 1000000)
-        r.server.signatures.put(content[-1]["id"], SIGNATURE)  # that of another call
+        r.server.signatures = proxy.SignatureCache(1000000, 10, 10)
+        r.server.signatures.keep(content[-1]["id"], SIGNATURE)  # that of another call
         status, error = r.ask(body)
         self.assertEqual((status, error.get("error", {}).get("type")),
                          (400, "invalid_request_error"))
         self.assertIn("signature", error["error"]["message"])
-        r.server.signatures = proxy.SignatureCache(10, 10, 1000000)
+        r.server.signatures = proxy.SignatureCache(1000000, 10, 10)
         body["messages"][1] = says(*content)  # with the thinking block, which holds it, too
         self.assertEqual(r.ask(body)[0], 200)
 
@@ -6391,7 +6394,7 @@ class OtherUpstreams(ProxyCase):
         body = request("go", model="anthropic/claude-x", tools=[TOOL], stream=stream, **THINK)
         for i in range(4):
             if i == 2:  # what the proxy kept is lost; the client's thinking blocks have it, too
-                r.server.signatures = proxy.SignatureCache(10, 10, 1000000)
+                r.server.signatures = proxy.SignatureCache(1000000, 10, 10)
             message = r.ask(body)[1]
             message = check_grammar(message) if stream else message
             if message["stop_reason"] == "tool_use":
@@ -9382,11 +9385,11 @@ def dripped(port, count):
 
 
 def bench_signatures():
-    cache = proxy.SignatureCache(100000, 3600, 64 << 20)
+    cache = proxy.SignatureCache(64 << 20, 100000, 3600)
 
     def put(n):
         for i in range(125000):
-            cache.put("toolu_%d_%d" % (n, i), "s" * 400)
+            cache.keep("toolu_%d_%d" % (n, i), "s" * 400)
     started = time.perf_counter()
     in_threads(8, put)
     seconds, (entries, size) = time.perf_counter() - started, cache.size()
