@@ -4272,21 +4272,21 @@ class Response:
     def __init__(self, connection: Any, exchange: Exchange,
                  give_back: Callable[[Any], None]) -> None:
         self._connection, self._exchange, self._give_back = connection, exchange, give_back
-        self._reader = DeadlineReader(connection.sock)
-        self._file = io.BufferedReader(self._reader, 65536)
-        self.at_end = False        # the end of the body has arrived
-        self.has_deadline = False  # for the rest of the body
+        reader = DeadlineReader(connection.sock)
+        self._file = io.BufferedReader(reader, 65536)
+        self.allow = reader.allow  # seconds for the rest of the body, or math.inf
+        self.at_end = False  # the end of the body has arrived
         left = exchange.deadline - time.monotonic()
-        self._reader.allow(min(left, connection.sock.gettimeout()))  # for the whole head
+        self.allow(min(left, connection.sock.gettimeout()))  # for the whole head
         version, self.status, self.fields = self._read_head()
-        self._reader.allow(exchange.deadline - time.monotonic())
+        self.allow(exchange.deadline - time.monotonic())
         self._chunked = self.fields.get("transfer-encoding", "").lower() == "chunked"
         length = self.fields.get("content-length", "").partition(",")[0]
         counted = not self._chunked and re.match(r"[0-9]{1,15}$", length)
-        self._left = int(length) if counted else -1
+        self._left = int(length) if counted else math.inf
         if self.status in (204, 304):
             self._chunked, self._left = False, 0
-        self.has_length = self._left >= 0
+        self.has_length = self._left < math.inf
         self.is_framed = self._chunked or self.has_length  # a cut can be seen
         self._reusable = (self.is_framed and version != b"0"
                           and "close" not in self.fields.get("connection", "").lower())
@@ -4308,20 +4308,15 @@ class Response:
                 return found.group(1), int(found.group(2)), fields
         raise http.client.HTTPException("more than %d interim responses" % INTERIM_LIMIT)
 
-    def end_within(self, seconds: float) -> None:
-        """Wait so long for the rest of the body, whatever comes in it; math.inf: to its end."""
-        self.has_deadline = seconds < math.inf
-        self._reader.allow(seconds)
-
     def pieces(self) -> Iterator[bytes]:
         """The body as it comes. HTTPException if it ends early, ProxyError if it is too large."""
         decoder = ChunkedDecoder() if self._chunked else None
         total = 0
         while not self.at_end and self._left:
-            data = self._file.read1(65536 if self._left < 0 else min(65536, self._left))
+            data = self._file.read1(min(65536, self._left))
             if not data and self.is_framed:
                 raise http.client.IncompleteRead(b"")
-            self._left -= len(data) if self._left > 0 else 0
+            self._left -= len(data)
             total += len(data)
             if total > ANSWER_LIMIT:
                 raise ProxyError(500, "The upstream's answer has more than %d bytes."
@@ -4381,8 +4376,9 @@ class ConnectionPool(urllib.request.HTTPSHandler):
         status line was closed by the server just now: the next one is taken."""
         tunnel, exchange = getattr(request, "_tunnel_host", None), request.exchange
         headers = {name.title(): value for name, value in request.header_items()}
-        for_tunnel = {name: headers.pop(name) for name in ("Proxy-Authorization",)
-                      if tunnel and name in headers}
+        for_tunnel = {}
+        if tunnel and "Proxy-Authorization" in headers:
+            for_tunnel["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
         place = (request.type, request.host, tunnel, exchange.owner)
         idle = self._take(place)
         connection = idle or connect(request.host, timeout=min(30.0, request.timeout))
@@ -4409,11 +4405,11 @@ class ConnectionPool(urllib.request.HTTPSHandler):
 
     def _take(self, place: Tuple) -> Any:
         """The idle connection to a place that was used last, or None."""
+        self.close_idle(self.IDLE_SECONDS)
         with self._lock:
-            for connection in [each for each, idle in reversed(list(self._idle.items()))
-                               if idle[0] == place]:
-                _, since = self._idle.pop(connection)
-                if time.monotonic() - since < self.IDLE_SECONDS and not is_ready(connection.sock):
+            for connection in [each for each, idle in self._idle.items() if idle[0] == place][::-1]:
+                del self._idle[connection]
+                if not is_ready(connection.sock):
                     return connection
                 connection.close()
         return None
@@ -4650,19 +4646,21 @@ class Upstream:
                   read: Callable[[Optional[List[Json]]], List[Json]]) -> Iterator[Batch]:
         """The batches of a stream; one that has finished may stay open, or break."""
         finished = response.is_framed and not self.NAMES_ITS_END
+        seems_over = False
         try:
             for objects in batches_from_sse(response.pieces()):
                 batch = read(self._checked(objects, exchange))
                 if has_finish(batch) or STREAM_DONE in objects:
-                    finished = True
-                    response.end_within(self.LAST_SECONDS)
-                elif response.has_deadline and has_parts(batch):  # it was not its end
-                    response.end_within(math.inf)
+                    finished = seems_over = True
+                    response.allow(self.LAST_SECONDS)
+                elif seems_over and has_parts(batch):  # it was not its end
+                    seems_over = False
+                    response.allow(math.inf)
                 yield batch, response.at_end
             if not finished:  # only the closed connection said that this was the end
                 raise http.client.IncompleteRead(b"")
         except (OSError, http.client.HTTPException):
-            if not response.has_deadline:
+            if not seems_over:
                 raise
         yield read(None), True
 
@@ -4711,17 +4709,18 @@ class Upstream:
         return found
 
     def get_json(self, path: str, client_key: str = "",
-                 headers: Mapping[str, str] = MappingProxyType({})) -> Any:
+                 headers: Mapping[str, str] = MappingProxyType({})) -> Json:
         """GET something small. Raises ProxyError."""
         exchange = Exchange({}, [Route("gemini", "")], client_key=client_key)
         exchange.end_within(self.COUNT_SECONDS)
         return self._json(self.send(exchange, path, None, headers), exchange)
 
-    def _json(self, response: Response, exchange: Exchange) -> Any:
-        """A small answer. Raises ProxyError."""
+    def _json(self, response: Response, exchange: Exchange) -> Json:
+        """A small answer; some servers list their models without an object. Raises ProxyError."""
         with ConnectionErrors(exchange, self.NAME), contextlib.closing(response):
             self._check(response, exchange)
-            return parse_upstream(response.read(10 << 20))
+            value = parse_upstream(response.read(10 << 20))
+            return value if isinstance(value, dict) else {"data": value}
 
     def send(self, exchange: Exchange, path: str, data: Optional[bytes],
              headers: Mapping[str, str] = MappingProxyType({})) -> Response:
@@ -4804,7 +4803,7 @@ class Gemini(Upstream):
             return None
         finally:
             self._counting.release()
-        return sane_counts(counted if isinstance(counted, dict) else {}).get("totalTokens")
+        return sane_counts(counted).get("totalTokens")
 
     def prove_model(self, model: str) -> None:
         """Ask for it by name: a list proves nothing, deprecated names are routed on."""
@@ -4821,7 +4820,6 @@ class Gemini(Upstream):
         token = ""
         for _ in range(self.LIST_PAGES):
             page = self.get_json("models?pageSize=1000" + token, client_key)
-            page = page if isinstance(page, dict) else {}
             found.update((str(model.get("name")).rpartition("/")[2], model)
                          for model in _dicts(page.get("models"))
                          if "generateContent" in _list(model, "supportedGenerationMethods"))
@@ -4864,10 +4862,7 @@ class Gemini(Upstream):
         try:
             if self._command_failed[0] > began:  # while this one waited
                 raise self._command_failed[1].copy()
-            token = self._token  # a 401 may drop it at any moment
-            if not token:
-                token = self._token = self._run_command(exchange)
-            return token
+            return self._token or self._run_command(exchange)
         finally:
             self._token_lock.release()
 
@@ -4885,7 +4880,9 @@ class Gemini(Upstream):
                     if exchange.disconnected.is_set() or time.monotonic() > deadline:
                         status = kill_group(process)
             if status == 0:
-                return parse_token(output[-10000:].decode().strip().rpartition("\n")[2])
+                token = parse_token(output[-10000:].decode().strip().rpartition("\n")[2])
+                self._token = token  # a 401 may drop it at any moment
+                return token
             reason = "status %s" % status
         except OSError as exc:
             reason = "%s (%s)" % (exc.strerror, exc.filename)
@@ -4995,7 +4992,7 @@ class OpenAI(Upstream):
         vLLM says max_model_len, others nothing."""
         page = self.get_json("models", client_key)
         found = {}
-        for model in _dicts(page.get("data") if isinstance(page, dict) else page):
+        for model in _dicts(page.get("data")):
             limits = model.get("top_provider")
             limits = limits if isinstance(limits, dict) else {}
             found[str(model.get("id"))] = {
@@ -5030,7 +5027,7 @@ class Anthropic(Upstream):
         page = self.get_json("v1/models?limit=1000", client_key,
                              {"anthropic-version": "2023-06-01"})
         return {str(model.get("id")): {"displayName": model.get("display_name")}
-                for model in _dicts(page.get("data") if isinstance(page, dict) else page)}
+                for model in _dicts(page.get("data"))}
 
 
 class Upstreams:

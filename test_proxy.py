@@ -6492,7 +6492,9 @@ class OtherUpstreams(ProxyCase):
                  {"x": {"displayName": "X"}})):
             with self.subTest(upstream, page=page):
                 member = members[upstream]
-                member.get_json = lambda *args: page
+                reply = types.SimpleNamespace(status=200, close=lambda: None,
+                                              read=lambda limit: json.dumps(page).encode())
+                member.send = lambda *args: reply
                 self.assertEqual(member.list_models(), expected)
 
     def test_a_model_may_be_listed_with_a_tag_or_without(self):
