@@ -3385,19 +3385,17 @@ def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
-    mark = BYTE_ORDER_MARK   # may stand before the first line
     for piece in itertools.chain(pieces, [b"\n\n"]):  # the end completes what has begun
         if b"\n" not in piece:
             held.append(piece)
             continue
         lines = (b"".join(held) + piece).split(b"\n")
         held = [lines.pop()]
-        if lines[0].startswith(mark):
-            lines[0] = lines[0][len(mark):]
-        mark = b""
         batch: List[Json] = []
         for line in lines:
             line = line.rstrip(b"\r")
+            if line.startswith(BYTE_ORDER_MARK):  # as the first line may
+                line = line[len(BYTE_ORDER_MARK):]
             if line.startswith(b"data:"):
                 data.append(line[5:])
             elif not line and data:
@@ -4348,30 +4346,24 @@ class Response:
             connection.close()
 
 
-class ConnectionPool(urllib.request.HTTPSHandler):
+class ConnectionPool(urllib.request.AbstractHTTPHandler):
     """Keeps http.client connections beneath urllib.request, which knows the company's proxies. An
     idle connection is dropped before the server would (nginx: 60 s and more)."""
 
     IDLE_SECONDS, IDLE_LIMIT = 50.0, 64  # the limit is for all places together
 
     def __init__(self, secure: bool) -> None:
-        # One context for the process, as loading the CAs takes 15 ms; without HTTPS an empty one,
-        # or the base class would load them.
-        self._tls = (ssl.create_default_context() if secure
-                     else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
-        super().__init__(context=self._tls)
+        super().__init__()
+        # one for the process, and only with HTTPS: loading the CAs takes 15 ms
+        tls = ssl.create_default_context() if secure else None
+        self._kinds = {"http": http.client.HTTPConnection,
+                       "https": functools.partial(TLSConnection, context=tls)}
         self._lock = threading.Lock()  # protects _idle
         self._idle: "OrderedDict[Any, Tuple[Tuple, float]]" = OrderedDict()  # oldest first
 
-    http_request = urllib.request.AbstractHTTPHandler.do_request_  # as HTTPHandler has it
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def http_open(self, request: urllib.request.Request) -> Response:
-        return self._open(request, http.client.HTTPConnection)
-
-    def https_open(self, request: urllib.request.Request) -> Response:
-        return self._open(request, functools.partial(TLSConnection, context=self._tls))
-
-    def _open(self, request: urllib.request.Request, connect: Callable[..., Any]) -> Response:
         """Send the request over an idle connection or a new one. An idle one that dies before a
         status line was closed by the server just now: the next one is taken."""
         tunnel, exchange = getattr(request, "_tunnel_host", None), request.exchange
@@ -4381,7 +4373,8 @@ class ConnectionPool(urllib.request.HTTPSHandler):
             for_tunnel["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
         place = (request.type, request.host, tunnel, exchange.owner)
         idle = self._take(place)
-        connection = idle or connect(request.host, timeout=min(30.0, request.timeout))
+        connection = idle or self._kinds[request.type](request.host,
+                                                       timeout=min(30.0, request.timeout))
         try:
             exchange.use(connection)
             if not idle and tunnel:
@@ -4401,7 +4394,9 @@ class ConnectionPool(urllib.request.HTTPSHandler):
             is_stale = idle and isinstance(exc, (http.client.RemoteDisconnected, ConnectionError))
             if not is_stale or exchange.disconnected.is_set():
                 raise
-        return self._open(request, connect)
+        return self.http_open(request)
+
+    https_open = http_open
 
     def _take(self, place: Tuple) -> Any:
         """The idle connection to a place that was used last, or None."""
@@ -4571,9 +4566,8 @@ class Upstream:
             return True
         # Only what may pass by itself: overload, faults, resets, short limits. Silence is not.
         short = error.status == 429 and (error.retry_after or 0) <= self.LONGEST_WAIT
-        if not (short or error.transient) or error.should_retry is False:
-            return False
-        return self.wait_to_retry(exchange, error.retry_after)
+        may_pass = (short or error.transient) and error.should_retry is not False
+        return may_pass and self.wait_to_retry(exchange, error.retry_after)
 
     def wait_to_retry(self, exchange: Exchange, seconds: Optional[float] = None) -> bool:
         """Wait before another try; False if there is none left, or no time for one."""
@@ -5368,6 +5362,8 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
+SERVER = "claude_gemini_proxy/" + __version__
+REASONS = {**http.client.responses, 529: "Overloaded"}
 _REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~\x80-\xff]*) (HTTP/1\.[0-9])")
 
 
@@ -5543,14 +5539,14 @@ class HTTPHandler(socketserver.StreamRequestHandler):
                                          or self.command not in ("GET", "HEAD"))
         self.close_connection = self.close_connection or unread
         head = self.response_head(status, {
+            "Server": SERVER, "request-id": self.request_id,
             "Content-Type": content_type, "Content-Length": len(body), **headers})
         self.wfile.write(head + (body if self.command != "HEAD" else b""))
         if unread:
             self.drain_body()
 
     def response_head(self, status: int, headers: Mapping[str, Any]) -> bytes:
-        lines = ["HTTP/1.1 %d %s" % (status, http.client.responses.get(status, "Overloaded")),
-                 "Server: claude_gemini_proxy/" + __version__, "request-id: " + self.request_id]
+        lines = ["HTTP/1.1 %d %s" % (status, REASONS.get(status, "-"))]
         lines += ["%s: %s" % item for item in headers.items()]
         lines += ["Connection: close"] if self.close_connection else []
         return "\r\n".join(lines + ["", ""]).encode("latin-1")
@@ -5574,7 +5570,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
 # ---- 16. Endpoints (I/O) --------------------------------------------------------------------
 
 class ProxyHandler(HTTPHandler):
-    """Answers requests; ROUTES says which method has which address."""
+    """Answers requests; ROUTES says which method each address takes."""
 
     def route(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
@@ -5583,22 +5579,22 @@ class ProxyHandler(HTTPHandler):
         self.stream: Optional[EventStream] = None
         try:
             path = self.normal_path()
-            methods = ROUTES.get("/v1/models/" if path.startswith("/v1/models/") else path)
+            method, handle = ROUTES.get(
+                "/v1/models/" if path.startswith("/v1/models/") else path, ("", None))
             self.guard()
             if self.command == "HEAD":
-                self.respond(200 if methods else 404, b"")
+                self.respond(200 if method else 404, b"")
                 return
             if path not in ("/health", "/"):  # of "/", only the page without what it shows
                 self.authorize()
                 self.server.connections.mark(self.connection, Connections.ADMITTED)
                 self.admitted = self.command == "POST"
-            if methods is None:
+            if not handle:
                 raise ProxyError(
                     404, "There is nothing at this address; this proxy serves /v1/messages.")
-            if self.command not in methods:
-                raise ProxyError(405, "%s takes %s, not %s"
-                                 % (path, " or ".join(methods), self.command))
-            methods[self.command](self, path)
+            if self.command != method:
+                raise ProxyError(405, "%s takes %s, not %s" % (path, method, self.command))
+            handle(self, path)
         except ProxyError as error:
             self.respond_error(error)
         except (ConnectionError, socket.timeout):
@@ -5737,6 +5733,7 @@ class ProxyHandler(HTTPHandler):
         chunked = self.request_version == "HTTP/1.1"
         self.close_connection = self.close_connection or not chunked
         head = self.response_head(200, {
+            "Server": SERVER, "request-id": self.request_id,
             "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if chunked else {})})
         stream = self.stream = EventStream(self.wfile.write, head, emitter,
@@ -5891,15 +5888,14 @@ class ProxyHandler(HTTPHandler):
     def relay(self, response: Response) -> None:
         """An upstream's answer to the client as it comes."""
         hop = ("connection", "keep-alive", "transfer-encoding", "proxy-authenticate", "trailer")
-        hop += () if response.has_length else ("content-length",)
+        fields = without(response.fields, *hop)
         chunked = not response.has_length and self.request_version == "HTTP/1.1"
-        self.close_connection |= not chunked and not response.has_length
-        head = ["HTTP/1.1 %d %s" % (response.status,
-                                    http.client.responses.get(response.status, "-"))]
-        head += ["%s: %s" % item for item in response.fields.items() if item[0] not in hop]
-        head += ["transfer-encoding: chunked"] if chunked else []
-        head += ["connection: close"] if self.close_connection else []
-        self.wfile.write("\r\n".join(head + ["", ""]).encode("latin-1"))
+        if not response.has_length:
+            fields.pop("content-length", None)
+            self.close_connection |= not chunked
+        if chunked:
+            fields["transfer-encoding"] = "chunked"
+        self.wfile.write(self.response_head(response.status, fields))
         for piece in response.pieces():
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
         self.wfile.write(b"0\r\n\r\n" if chunked else b"")
@@ -6002,17 +5998,17 @@ class ProxyHandler(HTTPHandler):
 
 TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
                ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought"))
-ROUTES: Mapping[str, Mapping[str, Callable[[ProxyHandler, str], None]]] = {
-    "/v1/messages": {"POST": ProxyHandler.handle_messages},
-    "/v1/messages/count_tokens": {"POST": ProxyHandler.handle_count_tokens},
-    "/v1/models": {"GET": ProxyHandler.handle_models},
-    "/v1/models/": {"GET": ProxyHandler.handle_model},
-    "/health": {"GET": ProxyHandler.handle_health},
-    "/metrics": {"GET": ProxyHandler.handle_metrics},
-    "/test-connection": {"GET": ProxyHandler.handle_test_connection},
-    "/": {"GET": ProxyHandler.handle_status},
-    "/api/hello": {"GET": ProxyHandler.handle_quiet},
-    "/api/event_logging/batch": {"POST": ProxyHandler.handle_quiet},
+ROUTES: Mapping[str, Tuple[str, Callable[[ProxyHandler, str], None]]] = {
+    "/v1/messages": ("POST", ProxyHandler.handle_messages),
+    "/v1/messages/count_tokens": ("POST", ProxyHandler.handle_count_tokens),
+    "/v1/models": ("GET", ProxyHandler.handle_models),
+    "/v1/models/": ("GET", ProxyHandler.handle_model),
+    "/health": ("GET", ProxyHandler.handle_health),
+    "/metrics": ("GET", ProxyHandler.handle_metrics),
+    "/test-connection": ("GET", ProxyHandler.handle_test_connection),
+    "/": ("GET", ProxyHandler.handle_status),
+    "/api/hello": ("GET", ProxyHandler.handle_quiet),
+    "/api/event_logging/batch": ("POST", ProxyHandler.handle_quiet),
 }
 TIERS = ("opus", "sonnet", "haiku")
 

@@ -6784,7 +6784,7 @@ class OtherUpstreams(ProxyCase):
         head, body = b"HTTP/1.1 200 OK\r\nx-a: b\r\n", {"model": "claude-x"}
         for version, expected in (
                 (b"1.1", head + b"transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
-                (b"1.0", head + b"connection: close\r\n\r\nabc")):
+                (b"1.0", head + b"Connection: close\r\n\r\nabc")):
             self.assertEqual(r.raw(post_bytes(body).replace(b"1.1", version)), expected)
 
     def test_a_connection_test_tells_that_anthropics_requests_pass_through(self):
