@@ -6061,25 +6061,27 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>claude_gemini_proxy</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --a: #2a6fc9; --b: #7fa8d8; --c: #1b8a6b; --bad: #d0473e; }
+:root { color-scheme: light dark; --bad: #d0473e; }
+.a { color: #2a6fc9; } .b { color: #7fa8d8; } .c { color: #1b8a6b; } .bad { color: var(--bad); }
 body { margin: 0 auto; max-width: 78rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; }
 h1 { font-size: 1.2rem; margin: 0; } h2 { font-size: .95rem; margin: 0 0 .5rem; }
 code { display: block; overflow-wrap: anywhere; } button, input { font: inherit; }
 main, .tiles { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); } .bad { color: var(--bad); }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(7rem, 1fr)); }
 .card { border: 1px solid #8885; border-radius: 8px; padding: .8rem; overflow-x: auto; }
 .wide { grid-column: 1 / -1; } .tiles b { display: block; font-size: 1.35rem; }
 #gone { background: var(--bad); color: #fff; padding: .5rem .8rem; border-radius: 8px; }
 .plot { display: flex; gap: 1px; height: 7rem; border: 1px solid #8888; border-width: 0 0 1px 1px; }
 .plot span { flex: 1; display: flex; flex-direction: column-reverse; height: 100%; }
+.plot i { background: currentColor; }
 .axis { display: flex; justify-content: space-between; font-size: .8rem; }
 table { border-collapse: collapse; width: 100%; font-size: .87rem; }
 th, td { text-align: right; padding: .2rem .4rem; border-top: 1px solid #8885; white-space: nowrap;
   max-width: 13rem; overflow: hidden; text-overflow: ellipsis; font-variant-numeric: tabular-nums; }
 :is(th, td):nth-child(-n+2), .why td { text-align: left; } th { font-weight: 500; border: 0; }
 .why td { border: 0; max-width: 0; color: var(--bad); white-space: normal; padding-top: 0; }
-:focus-visible { outline: 2px solid var(--a); outline-offset: 2px; } [hidden] { display: none; }
+:focus-visible { outline: 2px solid #2a6fc9; outline-offset: 2px; } [hidden] { display: none; }
 @media (max-width: 32rem) {
   thead { display: none; } tr { display: grid; grid-template-columns: 1fr 1fr; padding: .4rem 0;
     border-top: 1px solid #8885; }
@@ -6129,13 +6131,12 @@ function table(title, className, heads, rows, empty) {
     ? make("table", "", make("thead", "", line("th", heads)), make("tbody", "", ...body)) : empty);
 }
 
-// series: [name, value of a minute, colour], on top of each other
+// series: [name, value of a minute, class of its colour], on top of each other
 function plot(title, unit, minutes, series) {
   const top = Math.max(...minutes.map(m => series.reduce((t, s) => t + (s[1](m) || 0), 0)));
   const bars = minutes.map((minute, i) => {
     const bar = make("span", "", ...series.map(([name, value, colour]) => {
-      const part = make("i", "");
-      part.style.background = "var(--" + colour + ")";
+      const part = make("i", colour);
       part.style.height = (top ? (value(minute) || 0) / top * 100 : 0) + "%";
       return part;
     }));
@@ -6143,11 +6144,7 @@ function plot(title, unit, minutes, series) {
       + series.map(s => s[0] + " " + unit(s[1](minute))).join(", ");
     return bar;
   });
-  const key = series.flatMap(([name, , colour]) => {
-    const mark = make("i", "", " ■ ");
-    mark.style.color = "var(--" + colour + ")";
-    return [mark, name];
-  });
+  const key = series.flatMap(([name, , colour]) => [make("i", colour, " ■ "), name]);
   return make("div", "card", make("h2", "", title, ...key),
     make("div", "axis", top ? unit(top) : "nothing yet"), make("div", "plot", ...bars),
     make("div", "axis", minutes.length - 1 + " min ago", make("span", "", "now")));
@@ -6156,11 +6153,11 @@ function plot(title, unit, minutes, series) {
 function connect() {
   const url = location.origin, kept = sessionStorage.getItem("token") || "local";
   const token = /^[\\w.-]+$/.test(kept) ? kept : "YOUR_TOKEN";  // nothing that a shell would run
-  const names = [["ANTHROPIC_BASE_URL", url], ["ANTHROPIC_AUTH_TOKEN", token]];
-  const shells = Object.entries({"sh, bash, zsh": n => "export " + n.join("="),
-    fish: n => "set -gx " + n.join(" "), PowerShell: n => `$env:${n[0]} = '${n[1]}'`,
-    cmd: n => `set "${n.join("=")}"`}).map(
-    ([shell, set]) => [shell, names.map(set).join(shell === "cmd" ? "& " : "; ")]);
+  const shells = [
+    ["sh, bash, zsh", `export ANTHROPIC_BASE_URL=${url}; export ANTHROPIC_AUTH_TOKEN=${token}`],
+    ["fish", `set -gx ANTHROPIC_BASE_URL ${url}; set -gx ANTHROPIC_AUTH_TOKEN ${token}`],
+    ["PowerShell", `$env:ANTHROPIC_BASE_URL = '${url}'; $env:ANTHROPIC_AUTH_TOKEN = '${token}'`],
+    ["cmd", `set "ANTHROPIC_BASE_URL=${url}"& set "ANTHROPIC_AUTH_TOKEN=${token}"`]];
   return make("div", "card wide", make("h2", "", "No request yet. To connect Claude Code:"),
     ...shells.flatMap(([shell, line]) => {
       const button = make("button", "", "copy");
@@ -6235,7 +6232,8 @@ async function refresh() {
 function ask(problem) {
   stopped = true;
   $("head").textContent = problem;
-  $("main").hidden = !($("login").hidden = false);
+  $("login").hidden = false;
+  $("main").hidden = true;
 }
 
 $("login").onsubmit = event => {
