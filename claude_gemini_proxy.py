@@ -3698,13 +3698,13 @@ class Metrics:
         self._lock = threading.Lock()  # protects the counter
         self._values = Counts()
 
-    def add(self, *counts: Tuple[str, float, Tuple[Tuple[str, str], ...]]) -> None:
-        """Count (name, amount, ((label, value), ...)) each; with too many, new ones as `other`."""
+    def add(self, name: str, amount: float = 1, **labels: str) -> None:
+        """With too many of them, new ones count as `other`."""
+        key = (name, tuple(labels.items()))
         with self._lock:
-            for name, amount, labels in counts:
-                if len(self._values) >= self.LIMIT and (name, labels) not in self._values:
-                    labels = tuple((label, "other") for label, _ in labels)
-                self._values[name, labels] += amount
+            if len(self._values) >= self.LIMIT and key not in self._values:
+                key = (name, tuple((label, "other") for label in labels))
+            self._values[key] += amount
 
     def snapshot(self) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
         with self._lock:
@@ -4511,6 +4511,7 @@ class Upstream:
         self.base, self._key_setting = config.base(name), name.upper() + "_API_KEY"
         self.key_list = getattr(config, name + "_api_key") or ("",)
         self.keys = KeyRing(self.key_list)
+        self._refused = LRUCache(1000)  # (model, field or thinking level[, hash of a value])
         self._config, self._opener = config, opener
         # Without a lock: each is replaced whole, and at worst something is asked for once more.
         self._models: Mapping[str, Json] = {}
@@ -4756,13 +4757,12 @@ class Gemini(Upstream):
         self._token_lock = threading.Lock()  # held while the command runs: it runs once for all
         self._command_failed: Tuple[float, Any] = (0.0, None)
         self._strict_tools = False
-        self._refused_levels = LRUCache(1000)  # (model, thinking level)
 
     def first_body(self, exchange: Exchange) -> Json:
         body = exchange.translation.body
         if self._strict_tools:
             body = with_strict_tools(body)
-        while self._refused_levels.get((exchange.model, thinking_level(body))):
+        while self._refused.get((exchange.model, thinking_level(body))):
             body = with_other_level(body)
         return body
 
@@ -4771,7 +4771,7 @@ class Gemini(Upstream):
             self._strict_tools = True
         for name in exchange.repaired:
             if name.startswith(LEVEL_REPAIR) and name != LEVEL_REPAIR:
-                self._refused_levels.put((exchange.model, name[len(LEVEL_REPAIR):]), True)
+                self._refused.put((exchange.model, name[len(LEVEL_REPAIR):]), True)
 
     def ask(self, exchange: Exchange, stream: bool) -> Response:
         return self._post(exchange, exchange.body,
@@ -4801,9 +4801,8 @@ class Gemini(Upstream):
 
     def prove_model(self, model: str) -> None:
         """Ask for it by name: a list proves nothing, deprecated names are routed on."""
-        path = model if "/" in model else "models/" + model
         try:
-            self.get_json(urllib.parse.quote(path, safe="/@"))
+            self.get_json(self._path(model))
         except ProxyError as error:
             if error.status == 404 and "model" in error.message.lower():
                 raise ProxyError(404, "the model is not there for this key: %s" % error.message)
@@ -4823,11 +4822,13 @@ class Gemini(Upstream):
         return found
 
     def _post(self, exchange: Exchange, body: Json, action: str) -> Response:
-        model = urllib.parse.quote(exchange.route.model, safe="/@")
-        path = model if "/" in model else "models/" + model
         if "aiplatform" in self.base:
             body = without_invocations(body)
-        return self.send(exchange, "%s:%s" % (path, action), dump_request(body))
+        path = "%s:%s" % (self._path(exchange.route.model), action)
+        return self.send(exchange, path, dump_request(body))
+
+    def _path(self, model: str) -> str:
+        return urllib.parse.quote(model if "/" in model else "models/" + model, safe="/@")
 
     def next_key(self, exchange: Exchange) -> str:
         """The client's own key (CLIENT_KEYS), or the next of ours."""
@@ -4916,7 +4917,6 @@ class OpenAI(Upstream):
         super().__init__(name, config, opener)
         self.NAME = "OpenRouter" if name == "openrouter" else "The server"
         self._dialect = openai_dialect(name, config)
-        self._refused = LRUCache(1000)  # (model, field[, hash of a value]) -> what it refused
 
     def first_body(self, exchange: Exchange) -> Json:
         """Without what the model has refused before. A model that the upstream does not list is
@@ -5594,7 +5594,7 @@ class ProxyHandler(HTTPHandler):
                     404, "There is nothing at this address; this proxy serves /v1/messages.")
             if self.command != method:
                 raise ProxyError(405, "%s takes %s, not %s" % (path, method, self.command))
-            handle(self, path)
+            handle(self)
         except ProxyError as error:
             self.respond_error(error)
         except (ConnectionError, socket.timeout):
@@ -5619,7 +5619,7 @@ class ProxyHandler(HTTPHandler):
         return path
 
     def respond_error(self, error: ProxyError) -> None:
-        self.server.metrics.add(("errors_total", 1, (("status", str(error.status)),)))
+        self.server.metrics.add("errors_total", status=str(error.status))
         subject = (self.requested or self.path.partition("?")[0])[:100]
         if not self.logged:
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%d %s %s: %s; %s",
@@ -5638,7 +5638,7 @@ class ProxyHandler(HTTPHandler):
         except (ConnectionError, socket.timeout):
             self.close_connection = True
 
-    def handle_messages(self, path: str) -> None:
+    def handle_messages(self) -> None:
         server, body = self.server, self.read_body()
         server.connections.mark(self.connection, Connections.IN_PROGRESS)
         request, read = server.histories.open(body, self.client_key)  # or: tools.parse, no read
@@ -5650,9 +5650,9 @@ class ProxyHandler(HTTPHandler):
         exchange, emitter = self.begin(request, len(body), read)
         for note in exchange.translation.notes:
             LOG.warning("%s %s", self.request_id, note)
-        signatures = exchange.translation.history.signatures
-        server.metrics.add(*(("signatures_total", count, (("kind", kind),))
-                             for kind, count in signatures.items() if count))
+        for kind, count in exchange.translation.history.signatures.items():
+            if count:
+                server.metrics.add("signatures_total", count, kind=kind)
         if server.config.debug:
             for side, sent in (("client", request), ("upstream", exchange.translation.body)):
                 shown = redacted_body(sent, server.secrets.hide)
@@ -5819,12 +5819,14 @@ class ProxyHandler(HTTPHandler):
         if usage.get("promptTokenCount"):
             server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         # what no upstream has answered for may be any name, and there are many
-        model = ("model", fields["model"] if usage or status == 200 else "-")
-        counts = [("requests_total", 1, (model,)), ("retries_total", exchange.retries, ())]
-        counts += [("cost_usd_total", cost, (model,))] if cost is not None else []
-        counts += [("tokens_total", usage[name], (("kind", kind), model))
-                   for name, kind in TOKEN_KINDS if name in usage]
-        server.metrics.add(*counts)
+        model = fields["model"] if usage or status == 200 else "-"
+        server.metrics.add("requests_total", model=model)
+        server.metrics.add("retries_total", exchange.retries)
+        if cost is not None:
+            server.metrics.add("cost_usd_total", cost, model=model)
+        for name, kind in TOKEN_KINDS:
+            if name in usage:
+                server.metrics.add("tokens_total", usage[name], kind=kind, model=model)
 
     def why(self, emitter: MessageEmitter, status: int, problem: str) -> str:
         """For the log: what went wrong, and what the client had got by then."""
@@ -5900,7 +5902,7 @@ class ProxyHandler(HTTPHandler):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
         self.wfile.write(b"0\r\n\r\n" if chunked else b"")
 
-    def handle_count_tokens(self, path: str) -> None:
+    def handle_count_tokens(self) -> None:
         """POST /v1/messages/count_tokens: Gemini's own count, or an estimate if that takes long.
         Clients send dozens at once, most of them again and again."""
         server, body = self.server, self.read_body()
@@ -5921,7 +5923,7 @@ class ProxyHandler(HTTPHandler):
                 server.tokens.learn(estimate, tokens)
         self.respond_json({"input_tokens": estimate if tokens is None else tokens})
 
-    def handle_models(self, path: str) -> None:
+    def handle_models(self) -> None:
         """GET /v1/models: all models in one page"""
         listed = self.listed_models()
         self.respond_json({"data": listed, "first_id": listed[0]["id"],
@@ -5931,23 +5933,23 @@ class ProxyHandler(HTTPHandler):
         answers = {name: resolve_model(name, self.server.config).name for name in TIER_NAMES}
         return model_list(self.server.upstream.models(self.client_key()), answers)
 
-    def handle_model(self, path: str) -> None:
+    def handle_model(self) -> None:
         """GET /v1/models/{id}: a listed model, or a name of Claude's, which is always answered"""
-        wanted = path[len("/v1/models/"):]
+        wanted = self.normal_path()[len("/v1/models/"):]
         found = next((model for model in self.listed_models() if model["id"] == wanted), None)
         if not found and ("gemini" in wanted or not _CLAUDE_NAME.search(wanted)):
             raise ProxyError(404, "model: %s" % wanted[:200])
         self.respond_json(found or model_entry(wanted, {"displayName": wanted}))
 
-    def handle_health(self, path: str) -> None:
+    def handle_health(self) -> None:
         self.respond_json({"status": "ok", "version": __version__})
 
-    def handle_quiet(self, path: str) -> None:
+    def handle_quiet(self) -> None:
         if self.command == "POST":
             self.read_body()
         self.respond_json({})
 
-    def handle_metrics(self, path: str) -> None:
+    def handle_metrics(self) -> None:
         entries, size = self.server.signatures.size()
         gauges = {"signature_cache_entries": entries, "signature_cache_bytes": size,
                   **{"history_cache_" + name: value
@@ -5957,7 +5959,7 @@ class ProxyHandler(HTTPHandler):
         self.respond(200, self.server.metrics.render(gauges).encode(),
                      content_type="text/plain; version=0.0.4")
 
-    def handle_status(self, path: str) -> None:
+    def handle_status(self) -> None:
         """GET /: a page for browsers, and what it shows as JSON; no secret is in it."""
         if "text/html" in self.headers.get("accept", ""):
             self.respond(200, PAGE.encode(), PAGE_HEADERS, "text/html; charset=utf-8")
@@ -5984,7 +5986,7 @@ class ProxyHandler(HTTPHandler):
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
                          for (name, labels), value in sorted(server.metrics.snapshot().items())}})
 
-    def handle_test_connection(self, path: str) -> None:
+    def handle_test_connection(self) -> None:
         """GET /test-connection: one small real answer"""
         request = {"model": "claude-haiku", "max_tokens": 16,
                    "messages": [{"role": "user", "content": "Say ok."}]}
@@ -5998,7 +6000,7 @@ class ProxyHandler(HTTPHandler):
 
 TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
                ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought"))
-ROUTES: Mapping[str, Tuple[str, Callable[[ProxyHandler, str], None]]] = {
+ROUTES: Mapping[str, Tuple[str, Callable[[ProxyHandler], None]]] = {
     "/v1/messages": ("POST", ProxyHandler.handle_messages),
     "/v1/messages/count_tokens": ("POST", ProxyHandler.handle_count_tokens),
     "/v1/models": ("GET", ProxyHandler.handle_models),

@@ -2802,7 +2802,7 @@ class State(unittest.TestCase):
         metrics = proxy.Metrics()
         metrics.LIMIT = 2
         for model_ in ("a", "b", "c", "a", "d"):
-            metrics.add(("n", 1, (("model", model_),)))
+            metrics.add("n", model=model_)
         self.assertEqual(metrics.snapshot(), {
             ("n", (("model", model_),)): count for model_, count in (("a", 2), ("b", 1),
                                                                     ("other", 2))})
