@@ -4419,11 +4419,10 @@ class ConnectionPool(urllib.request.AbstractHTTPHandler):
         """Close connections that have been idle for so long."""
         oldest = time.monotonic() - seconds
         with self._lock:
-            expired = [each for each, (_, since) in self._idle.items() if since <= oldest]
-            for connection in expired:
-                del self._idle[connection]
-        for connection in expired:
-            connection.close()
+            for connection, (_, since) in list(self._idle.items()):
+                if since <= oldest:
+                    del self._idle[connection]
+                    connection.close()
 
 
 def http_request(method: str, selector: str, headers: Mapping[str, str],
@@ -4493,9 +4492,10 @@ Batch = Tuple[List[Json], bool]
 
 
 class Upstream:
-    """What all kinds of upstream share: keys, retries, streams and their faults. A kind sends a
-    request (`ask`), reads its answer as Gemini-shaped chunks (`reader`), knows what a 400 asks to
-    change (`repairs`, `remember`) and which models there are (`list_models`)."""
+    """What all kinds of upstream share: keys, retries, streams and their faults. A kind makes a body
+    (`first_body`) and sends it (`ask`), reads the answer as Gemini-shaped chunks (`reader`), knows
+    what a 400 asks to change (`repairs`) and learns from what has helped (`remember`), and knows
+    which models its key can use (`list_models`: id -> Gemini's description, or ProxyError)."""
 
     NAME = "Gemini"
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
@@ -4519,26 +4519,13 @@ class Upstream:
         self._streaming_disabled_until = 0.0
         self._token = ""
 
-    def ask(self, exchange: Exchange, stream: bool) -> Response:
-        raise NotImplementedError
-
     def reader(self) -> Callable[[Optional[List[Json]]], List[Json]]:
         """Objects of one answer -> chunks; None for its end."""
         return lambda objects: objects or []
 
-    def first_body(self, exchange: Exchange) -> Json:
-        return exchange.translation.body
-
     def repairs(self, body: Json, message: str) -> Iterable[Tuple[str, Json]]:
         """What a 400 may mean -> (name of the repair, changed body), the most certain first."""
         return ()
-
-    def remember(self, exchange: Exchange) -> None:
-        """Learn from the repairs that have helped."""
-
-    def list_models(self, client_key: str = "") -> Dict[str, Json]:
-        """What the key can use: id -> Gemini's description. Raises ProxyError."""
-        raise NotImplementedError
 
     def count(self, exchange: Exchange) -> Optional[int]:
         """The upstream's own count of a request's tokens, or None."""
@@ -5841,7 +5828,6 @@ class ProxyHandler(HTTPHandler):
         """What the log, the page and the counters say of an answer."""
         started = exchange.started
         first = self.stream.first_event_at if self.stream else 0.0
-        first = first if first > started else 0.0  # it was not this exchange's
         costs = [cost_of(each, exchange.route, self.server.config, today())
                  for each in emitter.spent + [emitter.usage] if each]
         hide = self.server.secrets.hide
@@ -5849,7 +5835,8 @@ class ProxyHandler(HTTPHandler):
                   "requested": hide(exchange.request["model"][:100]),
                   "model": hide(exchange.model), "status": status,
                   "finish": hide(emitter.finish_reason) or "-",
-                  "first_ms": round((first - started) * 1000) if first else None,
+                  # the stream may have begun for another exchange
+                  "first_ms": round((first - started) * 1000) if first > started else None,
                   "total_ms": round((time.monotonic() - started) * 1000),
                   "retries": exchange.retries, "key": exchange.key_number + 1,
                   "cost": None if None in costs or not costs else sum(costs)}
