@@ -5365,6 +5365,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
     body_seconds = 30.0           # for its body, and a second more for each 100 kB
     drain_seconds = 2.0           # for the rest of a request that was refused
     server: ProxyServer
+    stream: Optional[EventStream]
 
     def setup(self) -> None:
         super().setup()
@@ -5563,7 +5564,6 @@ class ProxyHandler(HTTPHandler):
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
         self.logged = self.admitted = False
         self.requested = ""
-        self.stream: Optional[EventStream] = None
         try:
             path = self.normal_path()
             method, handle = ROUTES.get(
