@@ -3446,8 +3446,8 @@ def _objects(raw: bytes) -> List[Json]:
 #
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
-#   LRUCache, KeyRing, Metrics,         process        every handler      one each, for dictionaries
-#   Traffic, TokenCounts, Connections
+#   LRUCache, KeyRing, Traffic,         process        every handler      one each, for dictionaries
+#   TokenCounts, Connections
 #   Upstream                            process        every handler      none: values are replaced
 #   ConnectionPool                      process        every handler      one, not held in I/O
 #   Heartbeat                           process        handlers, pings    one, for what it watches
@@ -3689,42 +3689,6 @@ class KeyRing:
                     for n, models in enumerate(cooling)]
 
 
-class Metrics:
-    """Counters by name and labels."""
-
-    LIMIT = 2000  # of them; clients choose the names of models
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()  # protects the counter
-        self._values = Counts()
-
-    def add(self, name: str, amount: float = 1, **labels: str) -> None:
-        """With too many of them, new ones count as `other`."""
-        key = (name, tuple(labels.items()))
-        with self._lock:
-            if len(self._values) >= self.LIMIT and key not in self._values:
-                key = (name, tuple((label, "other") for label in labels))
-            self._values[key] += amount
-
-    def snapshot(self) -> Dict[Tuple[str, Tuple[Tuple[str, str], ...]], float]:
-        with self._lock:
-            return dict(self._values)
-
-    def render(self, gauges: Mapping[str, float]) -> str:
-        """Text format 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/."""
-        lines = []
-        for name, value in sorted(gauges.items()):
-            lines += ["# TYPE proxy_%s gauge" % name, "proxy_%s %g" % (name, value)]
-        previous = ""
-        for (name, labels), value in sorted(self.snapshot().items()):
-            if name != previous:
-                lines.append("# TYPE proxy_%s counter" % name)
-                previous = name
-            shown = ",".join('%s="%s"' % (k, re.sub(r'["\\\n]', "_", v)) for k, v in labels)
-            lines.append("proxy_%s%s %.10g" % (name, "{%s}" % shown if shown else "", value))
-        return "\n".join(lines) + "\n"
-
-
 class Connections:
     """The clients' connections. When there are too many, those go that have not shown that they may
     ask, or wait for their next request, the oldest first."""
@@ -3777,14 +3741,16 @@ class Connections:
 
 
 class Traffic:
-    """What was asked in the last hour, and what was spent since the start."""
+    """What was asked in the last hour, and what was spent and counted since the start."""
 
     SUMS = ("input", "cached", "output", "thought", "cost")
+    LIMIT = 2000  # of counters; clients choose the names of models
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self._lock = threading.Lock()  # protects all below
         self._records: Deque[Json] = deque(maxlen=5000)
+        self._counters = Counts()      # by name and labels
         self.totals = Counts(cost=0.0)  # since the start; USD of all models with a known price
         self.last_error = self.last_session = ""
 
@@ -3797,6 +3763,33 @@ class Traffic:
             self.totals["requests"] += 1
             if is_error(record):
                 self.last_error = record.get("error") or str(record["status"])
+
+    def count(self, name: str, amount: float = 1, **labels: str) -> None:
+        """Add to a counter; with too many of them, new ones count as `other`."""
+        key = (name, tuple(labels.items()))
+        with self._lock:
+            if len(self._counters) >= self.LIMIT and key not in self._counters:
+                key = (name, tuple((label, "other") for label in labels))
+            self._counters[key] += amount
+
+    def counters(self) -> List[Tuple[Tuple[str, Tuple[Tuple[str, str], ...]], float]]:
+        """-> [((name, ((label, value), ...)), count), ...], sorted"""
+        with self._lock:
+            return sorted(self._counters.items())
+
+    def metrics(self, gauges: Mapping[str, float]) -> str:
+        """Text format 0.0.4: https://prometheus.io/docs/instrumenting/exposition_formats/."""
+        lines = []
+        for name, value in sorted(gauges.items()):
+            lines += ["# TYPE proxy_%s gauge" % name, "proxy_%s %g" % (name, value)]
+        previous = ""
+        for (name, labels), value in self.counters():
+            if name != previous:
+                lines.append("# TYPE proxy_%s counter" % name)
+                previous = name
+            shown = ",".join('%s="%s"' % (k, re.sub(r'["\\\n]', "_", v)) for k, v in labels)
+            lines.append("proxy_%s%s %.10g" % (name, "{%s}" % shown if shown else "", value))
+        return "\n".join(lines) + "\n"
 
     def last_hour(self) -> Json:
         """-> {"minutes": 60 sums, the oldest first, "recent": the newest 20 records}"""
@@ -4492,10 +4485,10 @@ Batch = Tuple[List[Json], bool]
 
 
 class Upstream:
-    """What all kinds of upstream share: keys, retries, streams and their faults. A kind makes a body
-    (`first_body`) and sends it (`ask`), reads the answer as Gemini-shaped chunks (`reader`), knows
-    what a 400 asks to change (`repairs`) and learns from what has helped (`remember`), and knows
-    which models its key can use (`list_models`: id -> Gemini's description, or ProxyError)."""
+    """What all kinds of upstream share: keys, retries, streams and their faults. A kind makes a
+    body (`first_body`) and sends it (`ask`), reads the answer as Gemini-shaped chunks (`reader`),
+    knows what a 400 asks to change (`repairs`), learns from what has helped (`remember`), and knows
+    which models a key can use (`list_models`: id -> Gemini's description, or ProxyError)."""
 
     NAME = "Gemini"
     NAMES_ITS_END = False    # a stream without a finish reason is cut; Gemini's may lack one
@@ -5238,7 +5231,6 @@ class ProxyServer(socketserver.ThreadingTCPServer):
         self.config = config
         self.secrets = Secrets(config)
         LOG.addFilter(self.secrets)
-        self.metrics = Metrics()
         self.signatures = SignatureCache(config.signature_cache_bytes, config.signature_cache_size,
                                          config.signature_cache_ttl)
         self.tools = ToolCache()
@@ -5606,7 +5598,7 @@ class ProxyHandler(HTTPHandler):
         return path
 
     def respond_error(self, error: ProxyError) -> None:
-        self.server.metrics.add("errors_total", status=str(error.status))
+        self.server.traffic.count("errors_total", status=str(error.status))
         subject = (self.requested or self.path.partition("?")[0])[:100]
         if not self.logged:
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%d %s %s: %s; %s",
@@ -5639,7 +5631,7 @@ class ProxyHandler(HTTPHandler):
             LOG.warning("%s %s", self.request_id, note)
         for kind, count in exchange.translation.history.signatures.items():
             if count:
-                server.metrics.add("signatures_total", count, kind=kind)
+                server.traffic.count("signatures_total", count, kind=kind)
         if server.config.debug:
             for side, sent in (("client", request), ("upstream", exchange.translation.body)):
                 shown = redacted_body(sent, server.secrets.hide)
@@ -5807,13 +5799,13 @@ class ProxyHandler(HTTPHandler):
             server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
         # what no upstream has answered for may be any name, and there are many
         model = fields["model"] if usage or status == 200 else "-"
-        server.metrics.add("requests_total", model=model)
-        server.metrics.add("retries_total", exchange.retries)
+        server.traffic.count("requests_total", model=model)
+        server.traffic.count("retries_total", exchange.retries)
         if cost is not None:
-            server.metrics.add("cost_usd_total", cost, model=model)
+            server.traffic.count("cost_usd_total", cost, model=model)
         for name, kind in TOKEN_KINDS:
             if name in usage:
-                server.metrics.add("tokens_total", usage[name], kind=kind, model=model)
+                server.traffic.count("tokens_total", usage[name], kind=kind, model=model)
 
     def why(self, emitter: MessageEmitter, status: int, problem: str) -> str:
         """For the log: what went wrong, and what the client had got by then."""
@@ -5943,7 +5935,7 @@ class ProxyHandler(HTTPHandler):
                      for name, value in self.server.histories.figures.items()},
                   "connections": len(self.server.connections),
                   "uptime_seconds": time.time() - self.server.started}
-        self.respond(200, self.server.metrics.render(gauges).encode(),
+        self.respond(200, self.server.traffic.metrics(gauges).encode(),
                      content_type="text/plain; version=0.0.4")
 
     def handle_status(self) -> None:
@@ -5971,7 +5963,7 @@ class ProxyHandler(HTTPHandler):
                      for exchange in server.heartbeat.exchanges()],
             "spent_usd": server.traffic.totals["cost"],
             "counters": {"%s{%s}" % (name, ",".join("%s=%s" % label for label in labels)): value
-                         for (name, labels), value in sorted(server.metrics.snapshot().items())}})
+                         for (name, labels), value in server.traffic.counters()}})
 
     def handle_test_connection(self) -> None:
         """GET /test-connection: one small real answer"""

@@ -2799,11 +2799,11 @@ class State(unittest.TestCase):
         self.assertEqual(self.traffic().totals["cost"], 3.0)
 
     def test_with_too_many_counters_new_ones_are_counted_as_others(self):
-        metrics = proxy.Metrics()
-        metrics.LIMIT = 2
+        traffic = proxy.Traffic()
+        traffic.LIMIT = 2
         for model_ in ("a", "b", "c", "a", "d"):
-            metrics.add("n", model=model_)
-        self.assertEqual(metrics.snapshot(), {
+            traffic.count("n", model=model_)
+        self.assertEqual(dict(traffic.counters()), {
             ("n", (("model", model_),)): count for model_, count in (("a", 2), ("b", 1),
                                                                     ("other", 2))})
 
