@@ -4043,6 +4043,7 @@ def settled(contents: List[Json]) -> List[Json]:
 
 # ---- 12. HTTP to upstreams (I/O) ------------------------------------------------------------
 
+PRODUCT = "claude_gemini_proxy/" + __version__
 LOG_LINE_LIMIT = 10000  # characters
 HEAD_LIMIT = 1 << 16    # bytes of a request's or response's line and headers
 HEAD_LINES = 200        # so many headers take more memory than bytes
@@ -4701,8 +4702,7 @@ class Upstream:
              headers: Mapping[str, str] = MappingProxyType({})) -> Response:
         """The only place that talks to an upstream."""
         fields = {"Content-Type": "application/json", "Accept-Encoding": "identity",
-                  "User-Agent": "claude_gemini_proxy/" + __version__, **headers,
-                  **self.authorization(exchange)}
+                  "User-Agent": PRODUCT, **headers, **self.authorization(exchange)}
         left = min(exchange.deadline - time.monotonic(), self._config.request_timeout)
         with ConnectionErrors(exchange, self.NAME):
             request = urllib.request.Request("%s/%s" % (self.base, path), data, fields)
@@ -5341,7 +5341,6 @@ def new_id(prefix: str) -> str:
     return prefix + secrets.token_hex(12)
 
 
-SERVER = "claude_gemini_proxy/" + __version__
 REASONS = {**http.client.responses, 529: "Overloaded"}
 _REQUEST_LINE = re.compile(r"([A-Z]+) (/[!-~\x80-\xff]*) (HTTP/1\.[0-9])")
 
@@ -5519,7 +5518,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
                                          or self.command not in ("GET", "HEAD"))
         self.close_connection = self.close_connection or unread
         head = self.response_head(status, {
-            "Server": SERVER, "request-id": self.request_id,
+            "Server": PRODUCT, "request-id": self.request_id,
             "Content-Type": content_type, "Content-Length": len(body), **headers})
         self.wfile.write(head + (body if self.command != "HEAD" else b""))
         if unread:
@@ -5712,7 +5711,7 @@ class ProxyHandler(HTTPHandler):
         chunked = self.request_version == "HTTP/1.1"
         self.close_connection = self.close_connection or not chunked
         head = self.response_head(200, {
-            "Server": SERVER, "request-id": self.request_id,
+            "Server": PRODUCT, "request-id": self.request_id,
             "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no", **({"Transfer-Encoding": "chunked"} if chunked else {})})
         stream = self.stream = EventStream(self.wfile.write, head, emitter,
