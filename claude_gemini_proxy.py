@@ -5356,7 +5356,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
     body_seconds = 30.0           # for its body, and a second more for each 100 kB
     drain_seconds = 2.0           # for the rest of a request that was refused
     server: ProxyServer
-    stream: Optional[EventStream]
+    stream: Optional[EventStream] = None
 
     def setup(self) -> None:
         super().setup()
@@ -5364,13 +5364,13 @@ class HTTPHandler(socketserver.StreamRequestHandler):
         self.rfile = io.BufferedReader(self.reader, 65536)
 
     def handle(self) -> None:
-        self.close_connection = False
+        self.close_connection, self.headers = False, {}
         while not self.close_connection:
             self.handle_one_request()
+            self.stream, self.headers = None, {}  # an idle connection holds nothing of its request
+            self.server.connections.mark(self.connection, Connections.WAITING)
 
     def handle_one_request(self) -> None:
-        self.server.connections.mark(self.connection, Connections.WAITING)
-        self.stream, self.headers = None, {}  # an idle connection holds nothing of its last request
         self.request_id, self.command, self.body_read = new_id("req_"), "", False
         self.close_connection = True
         try:
