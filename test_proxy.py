@@ -4781,6 +4781,21 @@ class SilentAddress(ProxyCase):
         error = proxy.connection_error(caught.exception, exchange, "Gemini")
         self.assertIn("(no connection within 0.3 s)", error.message)
 
+    def test_an_address_of_a_kind_that_the_machine_lacks_is_passed_over(self):
+        live = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(live.close)
+        unknown = 99  # no system has a family of this number
+        found = [(family, socket.SOCK_STREAM, 0, "", live.getsockname())
+                 for family in (unknown, socket.AF_INET)]
+        exchange = proxy.Exchange({}, [proxy.Route("gemini", "x")], lambda route: None)
+        with mock.patch.object(socket, "getaddrinfo", lambda *args: found):
+            with proxy.connect_socket(exchange, ("x", 1), 0.3) as sock:
+                self.assertEqual(sock.getpeername(), live.getsockname())
+        found.pop()
+        with mock.patch.object(socket, "getaddrinfo", lambda *args: found), \
+                self.assertRaises(OSError):
+            proxy.connect_socket(exchange, ("x", 1), 0.3)
+
 
 class CompanyNetworks(ProxyCase):
     """An upstream with a private certificate authority, and a company's proxy before it."""
