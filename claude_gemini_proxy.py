@@ -5833,8 +5833,10 @@ class ProxyHandler(HTTPHandler):
         """What the log, the page and the counters say of an answer."""
         started = exchange.started
         first = self.stream.first_event_at if self.stream else 0.0
-        costs = [cost_of(each, exchange.route, self.server.config, today())
-                 for each in emitter.spent + [emitter.usage] if each]
+        usages = [each for each in emitter.spent + [emitter.usage] if each]
+        if status == 499 and not emitter.usage:  # nobody said what it has cost until then
+            usages.append({"promptTokenCount": emitter.input_tokens})
+        costs = [cost_of(each, exchange.route, self.server.config, today()) for each in usages]
         hide = self.server.secrets.hide
         fields = {"request_id": self.request_id,
                   "requested": hide(exchange.request["model"][:100]),

@@ -4385,6 +4385,21 @@ class ClientsThatLeave(ProxyCase):
         self.assertTrue(upstream.ended.wait(5), "upstream's connection stays")
         self.assertEqual(upstream.count, 1)
 
+    def test_what_a_client_has_left_counts_against_the_budget(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        for chunks, phase, least in (
+                ([gate], lambda sock: r.fake.requests, 0),
+                ([chunk("a", usage={"promptTokenCount": 10 ** 6}), gate],
+                 lambda sock: sock.recv(1, socket.MSG_PEEK), 0.1)):
+            with self.subTest(least=least):
+                r = self.run_proxy(lambda *args: chunks, budget_usd=1e-6)
+                with socket.create_connection(("127.0.0.1", r.port), timeout=10) as sock:
+                    sock.sendall(post_bytes(request("hi" * 999, stream=True)))
+                    self.assertTrue(wait_for(lambda: phase(sock)))
+                self.assertTrue(wait_for(lambda: r.server.traffic.totals["cost"] > least))
+                self.assertEqual(r.ask(request())[0], 402)
+
     def test_a_client_that_leaves_while_upstream_is_being_connected_is_noticed(self):
         listener = socket.socket()
         self.addCleanup(listener.close)
