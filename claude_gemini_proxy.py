@@ -6083,6 +6083,7 @@ th, td { text-align: right; padding: .2rem .4rem; border-top: 1px solid #8885; w
     border-top: 1px solid #8885; }
   td { border: 0; max-width: none; text-align: left; white-space: normal;
     overflow-wrap: anywhere; } .why td { grid-column: 1 / -1; max-width: none; }
+  td:empty { display: none; }
   td[data-name]:not([data-name=""])::before { content: attr(data-name) ": "; opacity: .7; } }
 </style></head><body>
 <h1>claude_gemini_proxy</h1><p id="head" aria-live="polite">Loading ...</p>
