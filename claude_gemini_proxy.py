@@ -351,7 +351,7 @@ parse_host = matching(r"(?=.{1,253}$)(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}(?:\.(?!$)|
                       r"|(?=.{2,45}$)[0-9A-Fa-f]{0,4}(:[0-9A-Fa-f]{0,4}){2,7}",
                       "be a host name or an IP address")
 parse_token = matching("[!-~]+", "be printable ASCII without white space")
-parse_url = matching(r"https?://(?:\[[0-9A-Fa-f:]+\]|[^/?#@\[\]\s]+)(/[^?#@\s]*)?",
+parse_url = matching(r"https?://(?:\[[0-9A-Fa-f:]+\]|[^/?#@\[\]\s:]+)(:[0-9]{1,5})?(/[^?#@\s]*)?",
                      "look like https://host/v1beta, with http or https and a version",
                      lambda url: url.rstrip("/"))
 parse_bool = matching("(?i)1|true|yes|on|0|false|no|off", "be true or false",
@@ -359,6 +359,14 @@ parse_bool = matching("(?i)1|true|yes|on|0|false|no|off", "be true or false",
 parse_seconds = matching(r"(?=[0-9]*[1-9]|0*\.[1-9])[0-9]{1,7}(\.[0-9]{1,6})?",
                          "be a number of seconds, at least 0.1", float)
 parse_usd = matching(r"[0-9]{1,7}(\.[0-9]{1,6})?", "be an amount in USD, like 5 or 0.5", float)
+
+
+def parse_command(value: str) -> str:
+    try:
+        shlex.split(value)
+    except ValueError as exc:
+        raise ValueError("must be a command line: %s" % exc) from None
+    return value
 
 
 def parse_pairs(value: str) -> List[Tuple[str, Any]]:
@@ -418,8 +426,9 @@ def gemini_keys_only(value: str) -> str:
 
 
 def unless_claude(value: str) -> str:
-    """Claude's own names in these variables are the client's business, not a mapping."""
-    return "" if _CLAUDE_NAME.search(value) else value
+    """Claude's own names in these variables are the client's business, but for openrouter/..."""
+    names_upstream = value.partition("/")[0] in NEEDED_KEYS
+    return value if names_upstream or not _CLAUDE_NAME.search(value) else ""
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] = str.strip, env: str = "",
@@ -445,7 +454,8 @@ class Config:
     gemini_auth_type: str = setting("api-key", "api-key (x-goog-api-key) or bearer (Authorization)",
                                     one_of("api-key", "bearer"))
     gemini_token_command: str = setting(
-        "", "command, without a shell, that prints a bearer token", secret=True, dotenv=False)
+        "", "command, without a shell, that prints a bearer token", parse_command, secret=True,
+        dotenv=False)
     upstream: str = setting(
         "", "default upstream, for names without a prefix: gemini, openai, openrouter or anthropic "
             "(empty: the first with a key)", one_of("gemini", "openai", "openrouter", "anthropic"))
@@ -513,9 +523,9 @@ class Config:
     def __post_init__(self) -> None:
         for row in dataclasses.fields(self):  # a vendored copy may set what a shell would
             value = getattr(self, row.name)
-            if isinstance(value, str) and value.strip():
+            if isinstance(value, str) and value != row.default:
                 value = read_setting(row, row.name.upper(), value, str)
-                object.__setattr__(self, row.name, value)
+                object.__setattr__(self, row.name, row.default if value is None else value)
         if self.upstream in NEEDED_KEYS and self.upstreams[0] not in self.configured:
             raise ValueError("UPSTREAM=%s needs %s" % (self.upstream, NEEDED_KEYS[self.upstream]))
         if not is_loopback(self.host) and not self.proxy_auth_token:
@@ -2812,7 +2822,7 @@ class MessageEmitter:
         self.answered = False        # a text or a call has been sent
         self.characters = self._citations = 0
         self.usage: Json = {}
-        self.spent: List[Json] = []  # the usage of answers that were empty
+        self.spent: List[Tuple[Any, Json]] = []  # the route and usage of answers that were empty
         self.finish_reason = self._finish_message = self._block_reason = ""
         self._grounding: Json = {}
         self._out: List[Json] = []
@@ -2851,10 +2861,11 @@ class MessageEmitter:
         self._finish_message = str(candidate.get("finishMessage") or self._finish_message)[:1000]
         self._grounding = candidate.get("groundingMetadata") or self._grounding
 
-    def again(self) -> None:
-        """Forget how the last answer ended: another one follows in the same message."""
+    def again(self, route: Optional[Route] = None) -> None:
+        """Forget how the last answer, of this route, ended: another one follows in the message."""
         self.finish_reason = self._finish_message = ""
-        self.spent.append(self.usage)
+        if self.usage:
+            self.spent.append((route, self.usage))
         self.usage = {}
 
     @property
@@ -3168,7 +3179,8 @@ def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any
             return value
         return _of_types(said, types, value)
     if kind in ("integer", "number", "boolean") and "string" in types:
-        return value if _of_types(value, types, None) is value else json.dumps(value)
+        fitting = _of_types(value, types, None)
+        return json.dumps(value) if fitting is None else fitting
     return _of_types(value, types, value)
 
 
@@ -3898,6 +3910,8 @@ class HistoryCache:
             parent = path[-1] if path else self._root
             if path and parent not in self._pieces:  # it had to go meanwhile
                 return
+            if sum(piece.size for piece in pieces) > self._limit:  # they would displace all others
+                pieces = []
             for piece in pieces:
                 piece.parent = parent
                 parent.next[piece.key, piece.raw] = piece
@@ -4231,14 +4245,16 @@ _CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK)  # the second on Windows
 
 def connect_socket(exchange: Exchange, address: Tuple[str, int], timeout: float,
                    source: Any = None) -> socket.socket:
-    """socket.create_connection, but it ends within half a second after the client has left. Each
-    address has the whole timeout: the first may be IPv6 where none gets through."""
+    """socket.create_connection, but connecting (not the look-up of the name) ends within half a
+    second after the client has left. Each address has the whole timeout: the first may be IPv6
+    where none gets through. `source` is http.client's, and not used."""
+    code = 0
     for family, kind, protocol, _, place in socket.getaddrinfo(*address, 0, socket.SOCK_STREAM):
         with contextlib.ExitStack() as failed:
             try:
                 sock = failed.enter_context(socket.socket(family, kind, protocol))
             except OSError as exc:  # the machine has no IPv6, for example
-                code = exc.errno
+                code = code or exc.errno
                 continue
             sock.setblocking(False)
             code, deadline = sock.connect_ex(place), time.monotonic() + timeout
@@ -4374,6 +4390,9 @@ class ConnectionPool(urllib.request.AbstractHTTPHandler):
         for_tunnel = {}
         if tunnel and "Proxy-Authorization" in headers:
             for_tunnel["Proxy-Authorization"] = headers.pop("Proxy-Authorization")
+        if request.type not in self._kinds:  # a company's proxy may be a socks5://
+            raise ProxyError(500, "HTTP_PROXY and HTTPS_PROXY must be http:// addresses, not %s://"
+                             % request.type, should_retry=False)
         place = (request.type, request.host, tunnel, exchange.owner)
         idle = self._take(place)
         connection = idle or self._kinds[request.type](request.host,
@@ -4434,7 +4453,7 @@ def http_request(method: str, selector: str, headers: Mapping[str, str],
     lines = ["%s %s HTTP/1.1" % (method, selector)] + ["%s: %s" % item for item in headers.items()]
     head = "\r\n".join(lines + ["", ""])
     if not head.isascii() or head.count("\n") != len(lines) + 1:
-        raise ProxyError(401, "The key cannot be sent: it holds more than printable ASCII.",
+        raise ProxyError(401, "The key or address cannot be sent: it is not printable ASCII.",
                          should_retry=False)
     return head.encode("ascii") + (body or b"")
 
@@ -5000,7 +5019,7 @@ class Anthropic(Upstream):
     def forward(self, exchange: Exchange, path: str, body: bytes,
                 headers: Mapping[str, str]) -> Response:
         kept = {name: value for name, value in headers.items()
-                if name in self.KEPT or name.startswith("x-stainless-")}
+                if (name in self.KEPT or name.startswith("x-stainless-")) and value.isascii()}
         return self.send(exchange, path.lstrip("/"), body, kept)
 
     def authorization(self, exchange: Exchange) -> Dict[str, str]:
@@ -5058,7 +5077,8 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
     the client has seen nothing of it."""
     first_error = None  # a copy: see ProxyError.copy
     while True:
-        upstream = upstreams.of(exchange.route)
+        route = exchange.route
+        upstream = upstreams.of(route)
         try:
             for batch, is_last in upstream.attempt(exchange):
                 emitter.translation = exchange.translation
@@ -5077,7 +5097,7 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
                     raise first_error.copy() if error.status in (401, 403, 404) else error
                 LOG.warning("falling back to %s", exchange.model)
         exchange.retries += 1
-        emitter.again()
+        emitter.again(route)
 
 
 class EventStream:
@@ -5186,8 +5206,11 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._seconds):
-            self._tidy()
-            self._beat()  # in a frame of its own: a variable here would keep the last request
+            try:
+                self._tidy()
+                self._beat()  # in a frame of its own: a variable here would keep the last request
+            except Exception:  # one thread serves all answers
+                LOG.exception("the heartbeat failed, and goes on")
 
     def _beat(self) -> None:
         with self._lock:
@@ -5796,7 +5819,7 @@ class ProxyHandler(HTTPHandler):
         fields = self.log_fields(exchange, emitter, status, usage)
         cost = fields["cost"]
         shown = ("$%.4f" % cost if cost is not None
-                 else "no price" if emitter.usage or any(emitter.spent) else "no cost")
+                 else "no price" if emitter.usage or emitter.spent else "no cost")
         why = self.why(emitter, status, problem)
         LOG.log(logging.WARNING if status not in (200, 499) else logging.INFO,
                 "%(status)s %(requested)s -> %(model)s %(finish)s, tokens in %(input)s (cached "
@@ -5833,10 +5856,10 @@ class ProxyHandler(HTTPHandler):
         """What the log, the page and the counters say of an answer."""
         started = exchange.started
         first = self.stream.first_event_at if self.stream else 0.0
-        usages = [each for each in emitter.spent + [emitter.usage] if each]
+        spent = emitter.spent + ([(exchange.route, emitter.usage)] if emitter.usage else [])
         if status == 499 and not emitter.usage:  # nobody said what it has cost until then
-            usages.append({"promptTokenCount": emitter.input_tokens})
-        costs = [cost_of(each, exchange.route, self.server.config, today()) for each in usages]
+            spent.append((exchange.route, {"promptTokenCount": emitter.input_tokens}))
+        costs = [cost_of(each, route, self.server.config, today()) for route, each in spent]
         hide = self.server.secrets.hide
         fields = {"request_id": self.request_id,
                   "requested": hide(exchange.request["model"][:100]),
@@ -6451,7 +6474,8 @@ def fit_descriptors(config: Config) -> Config:
         return config
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * config.max_connections + OTHER_DESCRIPTORS
-    for limit in (min(needed, hard) if hard >= 0 else needed, 10240):  # macOS takes no more
+    wanted = min(needed, hard) if hard >= 0 else needed
+    for limit in (wanted, min(wanted, 10240)):  # macOS takes no more
         if 0 <= soft < limit:
             with contextlib.suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
@@ -6851,18 +6875,17 @@ NO_KEY = """No Gemini key. Either
 
 def command_config(command: str, flags: Dict[str, Any]) -> Config:
     """The settings as a command needs them. Raises ValueError with a line for the user."""
+    if command in ("run", "ask", "check"):
+        flags = dict(flags, port="0", client_keys="false")
     if command in ("run", "ask"):
-        flags = dict(flags, host="127.0.0.1", port="0", client_keys="false",
-                     proxy_auth_token=secrets.token_urlsafe(24))
-    elif command == "check":
-        flags = dict(flags, port="0")
+        flags.update(host="127.0.0.1", proxy_auth_token=secrets.token_urlsafe(24))
     config = load_config(flags, os.environ, read_dotenv())
     if command == "env" and not config.port:
         raise ValueError("PORT=0 is another port each time: env needs a fixed one")
     if flags["demo"]:
-        return dataclasses.replace(
-            config, upstream="gemini", openrouter_api_key="", openai_api_key="", openai_api_base="",
-            anthropic_api_key="", big_model="", fallback_models=())
+        others = {row.name: row.default for row in dataclasses.fields(Config) if row.name.endswith(
+            ("_api_key", "_api_base", "_model", "_models", "_map"))}
+        return dataclasses.replace(config, **others, upstream="gemini")
     if command != "env" and not (config.client_keys and command == "serve"):
         check_key(config)
     return config
