@@ -22,16 +22,18 @@ takes the same one, as Gemini-shaped chunks (to_openai, ChunksFromOpenAI).
 
 Sections have a kind, and test_proxy.py proves it of the pure ones: they name no socket, file,
 process, thread, clock, environment or random. Before you trust the program with a key, read
-  12 HTTP to upstreams, 13 upstreams        the network: where keys and prompts go
+  12 HTTP to upstreams, 13 upstreams        the network: where keys go; GEMINI_TOKEN_COMMAND
   14 delivery, 15 HTTP server, 16 endpoints the network: who may ask, and what is logged
   18 program                                files (.env, LOG_FILE), processes, the environment
 and 11 with what follows it, the shared state: what stays in memory. These are about 3,300 of 7,000
-lines; the rest, 1 to 10 and 17, is translation. A table stands above what uses it.
+lines; the rest, 1 to 10 and 17, is translation. A table of values stands above what uses it, a
+table of functions below them.
 
 Promises: contacts only the configured upstreams; listens on 127.0.0.1 unless told otherwise;
-writes nothing to disk but the log that LOG_FILE names; keeps in memory, of conversations, thought
-signatures (of some OpenAI-compatible servers the reasoning itself), tools, and with Gemini what the
-last hour's requests said, within HISTORY_CACHE_BYTES (0 keeps none of it); sends no telemetry.
+writes nothing to disk but the log that LOG_FILE names (and, run with -m, Python's __pycache__);
+keeps in memory thought signatures (of some OpenAI-compatible servers the reasoning itself), tools,
+and with Gemini the conversations within HISTORY_CACHE_BYTES (0: none), each for SIGNATURE_CACHE_TTL
+after its last use; sends no telemetry.
 Needs Python 3.8 or newer and its standard library.
 """
 from __future__ import annotations
@@ -145,7 +147,7 @@ def invalid(message: str) -> ProxyError:
 
 
 # Keys of Google and other providers: upstreams quote them in errors.
-SECRETS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
+KEY_FORMS = re.compile(r"AIza[\w-]{20,}|AQ\.[\w.-]{20,}|ya29\.[\w.-]{20,}|\bsk-[\w-]{20,}")
 # Gemini's; OpenAI's, OpenRouter's and vLLM's; llama.cpp's; xAI's; Kimi's; Mistral's
 _OVERFLOW = re.compile(
     r"input token count\D*?(?:\((?P<tokens1>\d{1,15})\) )?exceeds the maximum number of tokens "
@@ -227,7 +229,7 @@ def error_text(error: Json, keys: Sequence[str]) -> str:
     message = " ".join(message.split())
     for key in keys:
         message = message.replace(key, "[key]") if len(key) > 7 else message
-    return SECRETS.sub("[key]", message)[:400]
+    return KEY_FORMS.sub("[key]", message)[:400]
 
 
 def _dicts(value: Any) -> List[Json]:
@@ -297,8 +299,8 @@ def _retry_delay(message: str, details: Sequence[Json]) -> float:
 
 
 class MalformedChunks(contextlib.AbstractContextManager):
-    """Chunks are taken as documented; what breaks on one that is not becomes one clear error. (A
-    generator would keep the frames of the error, and so the request, in memory on 3.13.)"""
+    """Chunks are taken as documented; what breaks on one that is not becomes one clear error. (With
+    a generator for it, an error would keep the request in memory from Python 3.12 on.)"""
 
     def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
         if isinstance(exc, (AttributeError, IndexError, KeyError, OverflowError, TypeError,
@@ -530,7 +532,7 @@ class Config:
             raise ValueError("UPSTREAM=%s needs %s" % (self.upstream, NEEDED_KEYS[self.upstream]))
         if not is_loopback(self.host) and not self.proxy_auth_token:
             raise ValueError("HOST=%s is reachable from other machines: set PROXY_AUTH_TOKEN too, "
-                             "or leave HOST at 127.0.0.1" % SECRETS.sub("[key]", self.host))
+                             "or leave HOST at 127.0.0.1" % KEY_FORMS.sub("[key]", self.host))
         stand_ins = (self.safeguards_model, *self.fallback_models)
         targets = [target for _, target in self.model_map] + [
             self.big_model, self.default_gemini_model, self.small_model, self.opus_model,
@@ -691,7 +693,7 @@ def refuse_word(parser: argparse.ArgumentParser, command: str, word: str) -> Non
     may be a key."""
     if word == "help" and not command:
         parser.parse_args(["--help"])
-    word = SECRETS.sub("[key]", word.partition("=")[0])
+    word = KEY_FORMS.sub("[key]", word.partition("=")[0])
     shown = " " + json.dumps(word) if len(word) <= 20 else ""
     if word.startswith("-"):
         flags = [flag_of(row) for row in dataclasses.fields(Config) if not row.metadata["secret"]]
@@ -898,8 +900,8 @@ OPENROUTER_BIG, OPENROUTER_SMALL = "~anthropic/claude-sonnet-latest", "anthropic
 
 def resolve_model(requested: str, config: Config) -> Route:
     """Who answers for a requested name: ANTHROPIC_MODEL, then MODEL_MAP, NAME_RULES, the tiers.
-    Unknown names get the default: lists of Claude's names age in weeks. Raises ProxyError 404 for
-    names that could leave the URL's path, and for upstreams that are not configured."""
+    Unknown names get the default: lists of Claude's names age in weeks. Raises ProxyError 404 for a
+    name that could leave the URL's path, and where a setting names an upstream without a key."""
     if len(requested) > NAME_LIMIT:
         raise ProxyError(404, "model: %s..." % requested[:NAME_LIMIT])
     name = bare_name(requested)
@@ -934,7 +936,9 @@ def route_by_name(name: str, config: Config) -> Optional[Route]:
     first = config.upstreams[0]
     name = name[7:] if name.startswith("claude-") else name
     for upstream, pattern in NAME_RULES:
-        upstream = first if upstream == FIRST and first != "gemini" else upstream
+        if upstream == FIRST and first == "gemini":
+            continue  # its names have rules of their own
+        upstream = first if upstream == FIRST else upstream
         found = upstream in config.upstreams and re.fullmatch(pattern, name)
         if found:
             return checked_route(upstream, found.group(1))
@@ -947,9 +951,9 @@ def route_to(target: str, config: Config) -> Route:
     vendor = name.partition("/")[0]
     found = route_by_name(name, config)
     if found is None and "/" in name and vendor in NEEDED_KEYS:
-        is_odd = route_by_name(vendor + "/x", config)  # the vendor is there, so it is the rest
+        is_configured = route_by_name(vendor + "/x", config)  # then the rest of the name is odd
         raise ProxyError(404, "model: %s%s" % (
-            name[:NAME_LIMIT], "" if is_odd else " needs " + NEEDED_KEYS[vendor]))
+            name[:NAME_LIMIT], "" if is_configured else " needs " + NEEDED_KEYS[vendor]))
     return found or checked_route(config.upstreams[0], name)
 
 
@@ -958,6 +962,14 @@ def checked_route(upstream: str, model: str) -> Route:
     if len(model) > NAME_LIMIT or (upstream == "gemini" and not _GEMINI_NAME.fullmatch(model)):
         raise ProxyError(404, "model: %s" % model[:NAME_LIMIT])
     return Route(upstream, model)
+
+
+TIERS = ("opus", "sonnet", "haiku")
+
+
+def tier_routes(config: Config) -> Dict[str, Route]:
+    """Who answers for each tier of Claude's."""
+    return {tier: resolve_model("claude-" + tier, config) for tier in TIERS}
 
 
 def tier_model(name: str, config: Config) -> str:
@@ -1054,8 +1066,8 @@ def sane_counts(usage: Json) -> Counts:
 
 # ---- 4. JSON and request checks (pure) ------------------------------------------------------
 
-# Escaped backslashes first, so that the text \\ud800 (a backslash and letters) is left alone.
 _SURROGATE = re.compile(rb"\\u[dD]")  # faster than two searches with `in`
+# Escaped backslashes first, so that the text \\ud800 (a backslash and letters) is left alone.
 _SURROGATES = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)")
 
 
@@ -1180,11 +1192,9 @@ _OPENAI_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _OPENAI_ID = re.compile(r"toolu_[0-9a-f]{24}_([A-Za-z0-9_-]+)")
 
 
-SIGNED_BY = ("hit", "from_client", "dummy")  # the cache, the client's thinking block, or neither
-
-
 class History:
-    """What the turns before leave for a turn's translation, and all for the rest of the request."""
+    """What the translation of earlier messages leaves for that of later ones, and in the end for
+    the tools and the system prompt."""
 
     def __init__(self) -> None:
         self.session = ""                     # hash of the conversation's first text, for text_key
@@ -1194,7 +1204,7 @@ class History:
         self.calls: Dict[str, Tuple[str, str]] = {}  # open: id upstream -> (client's id, name)
         self.loaded: Dict[str, bool] = {}     # tool name -> offered (True) or withdrawn (False)
         self.added_tools: List[Json] = []
-        self.signatures = dict.fromkeys(SIGNED_BY, 0)  # how many calls by each, for /metrics
+        self.signatures = {"hit": 0, "from_client": 0, "dummy": 0}  # of the calls, for /metrics
         self.media = self.media_bytes = 0     # images and documents, and their base64 characters
 
 
@@ -1270,13 +1280,18 @@ _PLAIN_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_="
 
 
+THINKING_HEADROOM = 8192  # tokens
+GEMINI_SAMPLING = {"temperature": "temperature", "top_p": "topP", "top_k": "topK",
+                   "stop_sequences": "stopSequences"}
+
+
 def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda key: None,
               declare: Declare = None, read: ReadHistory = None) -> Translation:
     """Translate a checked Messages request into a generateContent body for `model`. `lookup` gives
     the thought signature kept for a tool_use id or `text_key`, or None; `declare` may remember what
     `declaration` makes of a tool, and `read` what read_history makes of messages. The request is
     not changed. Raises ProxyError 400 with the path of what cannot be translated.
-    Source: https://ai.google.dev/api/generate-content (read 2026-11-20), facts in the README."""
+    Source: https://ai.google.dev/api/generate-content (read 2026-11-20)."""
     t = Translation(request, model_rule(model), lookup)
     contents = (read or read_history)(request, t)
     tools = offered_tools(request, t.history)
@@ -1308,7 +1323,7 @@ def to_gemini(request: Json, model: str, config: Config, lookup: Lookup = lambda
 
 def read_history(request: Json, t: Translation) -> List[Json]:
     """The messages -> Gemini contents that alternate, start and end with the user, and pair every
-    call with a response; what all upstreams begin with. `t.history` is then that of their end."""
+    call with a response. `t.history` is then the one behind the last message."""
     contents: List[Json] = []
     read_messages(request["messages"], contents, t)
     end_history(contents, t)
@@ -1316,7 +1331,7 @@ def read_history(request: Json, t: Translation) -> List[Json]:
 
 
 def read_messages(messages: Sequence[Any], contents: List[Json], t: Translation) -> None:
-    """Append what some messages add; `t.history` is that of those before, and then of these."""
+    """Append the contents of some messages, and move `t.history` on behind them."""
     turns = to_turns(messages, t.history)
     if not t.history.session:
         first_texts = (block["text"] for turn in turns[:1] for _, block in turn.blocks
@@ -1430,6 +1445,11 @@ def model_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Js
         calls[0]["thoughtSignature"] = DUMMY_SIGNATURE
         t.history.signatures["dummy"] += 1
     return parts
+
+
+# Media that a functionResponse may hold (3 and later):
+# https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
+RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
 
 
 def user_parts(blocks: Sequence[Tuple[Tuple, Json]], t: Translation) -> List[Json]:
@@ -1565,9 +1585,6 @@ def short_hash(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
-# Media that a functionResponse may hold (3 and later):
-# https://ai.google.dev/gemini-api/docs/function-calling (read 2026-11-20).
-RESPONSE_MEDIA = frozenset({"image/png", "image/jpeg", "image/webp", "application/pdf"})
 MEDIA_BLOCKS = {"image": ("image", "image/jpeg"), "document": ("pdf", "application/pdf")}
 URL_TYPES = {"png": "image/png", "webp": "image/webp", "heic": "image/heic",
              "pdf": "application/pdf", "txt": "text/plain"}
@@ -1597,7 +1614,7 @@ def document_parts(block: Json, t: Translation) -> List[Json]:
 
 def media_parts(block: Json, t: Translation) -> List[Json]:
     """A base64 or URL source of an image or pdf -> inlineData or fileData. The wordings make Claude
-    Code drop the medium and go on (facts measured 2026-11-20)."""
+    Code drop the medium and go on (measured 2026-11-20)."""
     what, default_type = MEDIA_BLOCKS[block["type"]]
     source = t.expect(block.get("source"), dict, ".source")
     kind = source.get("type")
@@ -1739,8 +1756,8 @@ GEMINI_MODES = {"auto": "AUTO", "any": "ANY", "tool": "ANY", "none": "NONE"}
 
 
 def offered_tools(request: Json, history: History) -> List[Json]:
-    """The tools to declare: all but withdrawn ones, and deferred ones that nothing has loaded.
-    Those are offered where Anthropic would search them itself (tool_search_tool_*)."""
+    """The tools to declare: without those that were withdrawn, and without deferred ones before
+    they are loaded, unless a tool_search_tool_* is there, which Anthropic would answer itself."""
     searchable = False
     unique: Dict[str, Json] = {}
     for i, tool in enumerate((request.get("tools") or []) + history.added_tools):
@@ -1754,7 +1771,7 @@ def offered_tools(request: Json, history: History) -> List[Json]:
             expect(tool["input_schema"], (dict,), path + ".input_schema")
         if kind.startswith("tool_search_tool_"):
             searchable = True
-        elif tool["name"] != "DeferredToolPlaceholder":
+        elif tool["name"] != "DeferredToolPlaceholder":  # Claude Code's, no tool (2.1.329)
             unique[tool["name"]] = tool
     return [tool for name, tool in unique.items()
             if history.loaded.get(name, searchable or not tool.get("defer_loading"))]
@@ -1851,7 +1868,6 @@ def answer_format(request: Json, has_tools: bool, rule: ModelRule) -> Tuple[List
 # effort -> (Gemini's level, thinking tokens where there are no levels)
 EFFORTS = {"minimal": ("LOW", 1024), "low": ("LOW", 2048), "medium": ("MEDIUM", 8192),
            "high": ("HIGH", 16384), "xhigh": ("XHIGH", 24576), "max": ("XHIGH", 32768)}
-THINKING_HEADROOM = 8192
 
 
 def thinking_from(request: Json, t: Translation, limit: int) -> Json:
@@ -1890,8 +1906,6 @@ def asked_effort(request: Json, t: Translation) -> str:
     return effort if isinstance(effort, str) and effort in EFFORTS else ""
 
 
-GEMINI_SAMPLING = {"temperature": "temperature", "top_p": "topP", "top_k": "topK",
-                   "stop_sequences": "stopSequences"}
 
 
 def sampling(request: Json, fields: Mapping[str, str]) -> Json:
@@ -3115,12 +3129,12 @@ def has_parts(batch: Sequence[Json]) -> bool:
                if isinstance(candidate.get("content"), dict))
 
 
-def fact(facts: Dict[Any, Any], find: Callable[[Any], Any], schema: Any) -> Any:
+def once(known: Dict[Any, Any], find: Callable[[Any], Any], schema: Any) -> Any:
     """What `find` says of a schema, found once for each: an array may have 100,000 items."""
     key = find, id(schema)
-    if key not in facts:
-        facts[key] = find(schema)
-    return facts[key]
+    if key not in known:
+        known[key] = find(schema)
+    return known[key]
 
 
 def required_names(schema: Json) -> Any:
@@ -3132,22 +3146,22 @@ def takes_empty(schema: Any) -> bool:
     return not isinstance(schema, dict) or "" in _values(schema)
 
 
-def repair_arguments(args: Json, schema: Json, facts: Optional[Dict[Any, Any]] = None) -> Json:
+def repair_arguments(args: Json, schema: Json, known: Optional[Dict[Any, Any]] = None) -> Json:
     """Arguments of a call with what Gemini is known to get wrong set right, by the client's schema:
     optional ones that are null or "" are left out, scalars of the wrong type are converted."""
     properties = schema.get("properties") if isinstance(schema, dict) else None
     if not isinstance(properties, dict):
         return args
-    facts = {} if facts is None else facts
-    required = fact(facts, required_names, schema)
+    known = {} if known is None else known
+    required = once(known, required_names, schema)
     out = {}
     for name, value in args.items():
         prop = properties.get(name)
-        types = fact(facts, allowed_types, prop)
+        types = once(known, allowed_types, prop)
         is_filler = (value is None and "null" not in types
-                     or value == "" and not fact(facts, takes_empty, prop))
+                     or value == "" and not once(known, takes_empty, prop))
         if not (types and is_filler and name not in required):
-            out[name] = repair_value(value, prop, types, facts) if types else value
+            out[name] = repair_value(value, prop, types, known) if types else value
     return out
 
 
@@ -3162,15 +3176,15 @@ def allowed_types(schema: Any) -> List[str]:
     return [kind for kinds in found for kind in kinds] if all(found) else []
 
 
-def repair_value(value: Any, schema: Json, types: Sequence[str], facts: Dict[Any, Any]) -> Any:
+def repair_value(value: Any, schema: Json, types: Sequence[str], known: Dict[Any, Any]) -> Any:
     """One value made to fit the types that its schema allows, or left as it is."""
     kind = _JSON_TYPES[type(value)]
     if kind == "object" and "object" in types:
-        return repair_arguments(value, schema, facts)
+        return repair_arguments(value, schema, known)
     if kind == "array" and "array" in types:
         items = schema.get("items")
-        inner = fact(facts, allowed_types, items)
-        return [repair_value(item, items, inner, facts) for item in value] if inner else value
+        inner = once(known, allowed_types, items)
+        return [repair_value(item, items, inner, known) for item in value] if inner else value
     if kind == "string" and "string" not in types:  # what it says, if that is of a right type
         try:
             said = json.loads(value)
@@ -3398,7 +3412,7 @@ def frames_of(events: Iterable[Json]) -> bytes:
 def batches_from_sse(pieces: Iterable[bytes]) -> Iterator[List[Json]]:
     """Bytes of an SSE stream, cut anywhere -> the JSON objects that each piece completes. Also
     takes several `data:` lines in a record, and the bare, pretty-printed error that Gemini sends
-    without `data:` when it fails in mid-stream (facts 2026-11-20). Raises ValueError."""
+    without `data:` when it fails in mid-stream (recorded 2026-11-20). Raises ValueError."""
     held: List[bytes] = []   # the start of a line
     data: List[bytes] = []   # the `data:` lines of the record in hand
     bare: List[bytes] = []
@@ -3433,7 +3447,8 @@ _FIELD = re.compile(rb"([\w!#$%&'*+.^`|~-]+):([^\r\n\0]*)\r?\n")
 
 def parse_headers(lines: Iterable[bytes], strict: bool = True) -> Dict[str, str]:
     """Header lines -> {name in lower case: value, or values}, in a fifth of email.parser's time.
-    Lines that two readers could take in two ways are passed over; a ValueError if `strict`."""
+    What two readers could take in two ways is a ValueError if `strict`; else odd lines are passed
+    over, and values that come twice are joined."""
     fields: Dict[str, str] = {}
     for line in lines:
         found = _FIELD.fullmatch(line)
@@ -3464,8 +3479,9 @@ def _objects(raw: bytes) -> List[Json]:
 #   object                              lives          touched by         lock
 #   Config                              process        all, read-only     none: frozen
 #   LRUCache, KeyRing, Traffic,         process        every handler      one each, for dictionaries
-#   TokenCounts, Connections
-#   Upstream                            process        every handler      none: values are replaced
+#   TokenCounts, Connections, HistoryCache
+#   Upstream, ToolCache                 process        every handler      none: values are replaced
+#   Gemini's token                      process        every handler      one, while it is made
 #   ConnectionPool                      process        every handler      one, not held in I/O
 #   Heartbeat                           process        handlers, pings    one, for what it watches
 #   Exchange                            one request    handler, pings     one, for its connection
@@ -3581,13 +3597,16 @@ class ToolCache:
 
     def _read(self, raw: bytes, at: int) -> KnownTools:
         """The list of tools at this place of a body; ValueError if it cannot be told from there."""
+        if at < 0:
+            raise ValueError("no list of tools")
         start = raw.index(b"[", at)
         text = raw[start:].decode("utf-8")
         tools, end = parse_value(text)
         piece = raw[at:start] + text[:end].encode("utf-8")
-        if at < 0 or _SURROGATE.search(piece):
+        if _SURROGATE.search(piece):
             raise ValueError("not parsed apart from the rest")
-        size = len(piece) + 30 * sum(map(piece.count, (b'"', b"{", b"{", b"[", b"[", b",")))
+        weights = ((b'"', 30), (b"{", 60), (b"[", 60), (b",", 30))  # bytes of objects
+        size = len(piece) + sum(weight * piece.count(sign) for sign, weight in weights)
         return KnownTools(piece, tools, dict.fromkeys(map(id, tools)), size)
 
     def _keep(self, known: KnownTools) -> None:
@@ -3671,8 +3690,8 @@ class KeyRing:
         self._sessions = LRUCache(10000)
 
     def acquire(self, model: str, session: str = "") -> int:
-        """Number of the session's key while it is ready: implicit caching is per project. Else of
-        the next one that is ready, or that will be first."""
+        """The number of a key: the session's own while it is ready, as implicit caching is per
+        project; else the next that is ready, or the one that will be ready first."""
         with self._lock:
             now = self._clock()
             own = self._sessions.get(session)
@@ -3707,8 +3726,8 @@ class KeyRing:
 
 
 class Connections:
-    """The clients' connections. When there are too many, those go that have not shown that they may
-    ask, or wait for their next request, the oldest first."""
+    """The clients' connections. Above the limit, the oldest one that is WAITING is closed: for its
+    token, or between two requests."""
 
     WAITING, ADMITTED, IN_PROGRESS, OVER_LIMIT = "waiting", "admitted", "in progress", "over limit"
     MOST_OVER_LIMIT = 64  # connections beyond the limit that are still answered, with a 529
@@ -3887,7 +3906,7 @@ class HistoryCache:
         return self.parse(raw), None
 
     def find(self, raw: bytes, at: int, client_key: str, rule: Optional[ModelRule]) -> List[Piece]:
-        """The pieces that a body's messages begin with; without a rule, those of any one."""
+        """The pieces that a body's messages begin with; of any rule, if it is None."""
         owner, get_all = owner_of(client_key), self._signatures.get_all
         path: List[Piece] = []
         with self._lock:
@@ -3950,7 +3969,8 @@ class NewMessages:
         found = _MESSAGES.match(raw, max(0, raw.find(b'"messages":')))
         least = found.end() + cache.LEAST_MESSAGES if found else math.inf
         if not found or len(raw) < least or raw.find(b'"tools":', found.end(), least) >= 0:
-            raise ValueError("no messages, or few")
+            raise ValueError("no messages, or few, or tools among them")
+        # head: the fields before the messages; rest: those behind them
         head = cache.parse(raw[:found.start()] + b'"messages":0}')
         rule = self._rule_of(head)
         if "model" in head and not rule:
@@ -3999,8 +4019,9 @@ class NewMessages:
         return messages, end
 
     def read(self, request: Json, t: Translation) -> List[Json]:
-        """The first time, with the pieces that are known; else read_history of the whole."""
-        if self._text and t.rule == self._key[1]:
+        """The first call uses the known pieces; later ones (a retry, another model) read it all."""
+        is_first = self._text != ""
+        if is_first and t.rule == self._key[1]:
             with contextlib.suppress(ProxyError, ValueError, RecursionError):
                 return self._read(request, t)
         return read_history(self._cache.parse(self._raw), t)
@@ -4079,7 +4100,8 @@ class DeadlineReader(io.RawIOBase):
         self._deadline = math.inf
 
     def allow(self, seconds: float) -> None:
-        """From now on reading may take so long in all; math.inf: each read the socket's timeout."""
+        """Reading may take so long in all from now on; with math.inf, each read may take the
+        socket's timeout."""
         self._deadline = time.monotonic() + seconds
 
     def readable(self) -> bool:
@@ -4096,9 +4118,13 @@ class DeadlineReader(io.RawIOBase):
             self._sock.settimeout(usual)
 
 
+class HeadTooLong(ValueError):
+    """A head of more than HEAD_LIMIT bytes or HEAD_LINES lines."""
+
+
 def read_head(file: Any) -> List[bytes]:
-    """The lines of an HTTP head, without the empty one at its end. Raises ValueError for a head
-    that is longer than HEAD_LIMIT or ends too early."""
+    """The lines of an HTTP head, without the empty one at its end. Raises ValueError if it ends too
+    early, and HeadTooLong."""
     lines, left = [], HEAD_LIMIT
     while left > 0 and len(lines) <= HEAD_LINES:
         line = file.readline(left)
@@ -4108,7 +4134,7 @@ def read_head(file: Any) -> List[bytes]:
         if not line.endswith(b"\n") and left > 0:
             raise ValueError("it ends too early")
         lines.append(line)
-    raise ValueError("it is longer than %d bytes or %d lines" % (HEAD_LIMIT, HEAD_LINES))
+    raise HeadTooLong("it is longer than %d bytes or %d lines" % (HEAD_LIMIT, HEAD_LINES))
 
 
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
@@ -4201,7 +4227,7 @@ class Exchange:
         self.use_route(self.routes[0])
 
     def use_route(self, route: Route) -> None:
-        """Begin with a model: its own translation, and all tries."""
+        """Start anew with a model: translate for it, no repairs and no failures yet."""
         self.translation = self.translate(route=route)
         self.route, self.model = route, route.name
         self.body: Optional[Json] = None      # as it is sent: translated, then repaired
@@ -4240,6 +4266,10 @@ class Exchange:
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
+class ConnectTimeout(socket.timeout):
+    """No connection within its time; an upstream that is connected may be silent for longer."""
+
+
 _CONNECTING = (errno.EINPROGRESS, errno.EWOULDBLOCK)  # the second on Windows
 
 
@@ -4267,7 +4297,7 @@ def connect_socket(exchange: Exchange, address: Tuple[str, int], timeout: float,
                 sock.settimeout(timeout)
                 return sock
     if code in _CONNECTING:
-        raise socket.timeout("no connection within %g s" % timeout)
+        raise ConnectTimeout("no connection within %g s" % timeout)
     raise OSError(code, os.strerror(code))
 
 
@@ -4344,7 +4374,7 @@ class Response:
                 yield data
         self.close(self._reusable and not (decoder and decoder.rest))
 
-    def read(self, limit: int = 1 << 30) -> bytes:
+    def read(self, limit: int = ANSWER_LIMIT) -> bytes:
         """The whole body, or a little more than `limit` bytes of it."""
         body = bytearray()
         for piece in self.pieces():
@@ -4466,15 +4496,12 @@ def parse_upstream(raw: bytes) -> Any:
         raise ValueError(exc.message) from None
 
 
-class ConnectionErrors:
-    """A connection that failed, or an answer that is none -> ProxyError. (With a generator for it,
-    an error would keep the whole request in memory from Python 3.12 on.)"""
+class ConnectionErrors(contextlib.AbstractContextManager):
+    """A connection that failed, or an answer that is none -> ProxyError. (No generator, as with
+    MalformedChunks.)"""
 
     def __init__(self, exchange: Exchange, name: str) -> None:
         self._exchange, self._name = exchange, name
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: Any, exc: Any, trace: Any) -> None:
         if isinstance(exc, (OSError, http.client.HTTPException, ValueError, RecursionError)):
@@ -4488,7 +4515,7 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
     if isinstance(reason, socket.timeout):
         if exchange.deadline <= time.monotonic():
             return ProxyError(504, "%s did not answer within %s" % (name, exchange.time_limit))
-        why = str(reason) if "no connection" in str(reason) else "REQUEST_TIMEOUT"
+        why = str(reason) if isinstance(reason, ConnectTimeout) else "REQUEST_TIMEOUT"
         return ProxyError(504, "%s was silent for too long (%s)." % (name, why))
     if isinstance(reason, ssl.SSLCertVerificationError):
         return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE "
@@ -4787,7 +4814,7 @@ class Gemini(Upstream):
                           "streamGenerateContent?alt=sse" if stream else "generateContent")
 
     def count(self, exchange: Exchange) -> Optional[int]:
-        """Gemini's count of a request's tokens; None if it does not come within COUNT_SECONDS.
+        """Gemini's count of a request's tokens; None if it takes longer than COUNT_SECONDS.
         Source: https://ai.google.dev/api/tokens (read 2026-11-20). The model must be named inside;
         Vertex AI takes the request flat
         (https://cloud.google.com/vertex-ai/generative-ai/docs/model-reference/count-tokens)."""
@@ -5073,8 +5100,8 @@ def deliver(upstreams: Upstreams, exchange: Exchange, emitter: MessageEmitter,
             feed: Callable[[List[Json], bool], None]) -> None:
     """Ask until there is an answer, and give each batch of its chunks to `feed`. What fails is
     asked for again, changed where the error tells how, with another key, or of the next model of
-    FALLBACK_MODELS; and so is an empty answer. A stream that breaks is asked for again only while
-    the client has seen nothing of it."""
+    FALLBACK_MODELS; an empty answer is asked for again of the same model. A stream that breaks is
+    asked for again only while the client has seen nothing of it."""
     first_error = None  # a copy: see ProxyError.copy
     while True:
         route = exchange.route
@@ -5120,14 +5147,14 @@ class EventStream:
 
     def feed(self, chunks: List[Json], is_last: bool = False) -> None:
         """Send what chunks that arrived together add, in one write. The last ones are held for the
-        end of the stream, which follows at once."""
+        end of the stream, which follows at once; without an answer, another try does."""
         with self._lock:
             frames = frames_of(self._emitter.feed(chunks))
             if frames:
                 self._last_event = time.monotonic()
                 self.first_event_at = self.first_event_at or self._last_event
                 self._held += frames
-            if self._held and not (is_last and self._emitter.answered):  # else another try follows
+            if self._held and not (is_last and self._emitter.answered):
                 self._send(b"")
 
     def finish(self, failure: Optional[Json] = None) -> None:
@@ -5228,7 +5255,7 @@ class Heartbeat:
 
 # ---- 15. HTTP server (I/O) ------------------------------------------------------------------
 
-class Secrets(logging.Filter):
+class KeyFilter(logging.Filter):
     """Takes keys and tokens out of log lines, and out of names that clients send."""
 
     def __init__(self, config: Config) -> None:
@@ -5241,7 +5268,7 @@ class Secrets(logging.Filter):
     def hide(self, text: str) -> str:
         for key in self._keys:
             text = text.replace(key, "[key]")
-        return SECRETS.sub("[key]", text)
+        return KEY_FORMS.sub("[key]", text)
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self.hide(record.getMessage())[:LOG_LINE_LIMIT], None
@@ -5262,8 +5289,8 @@ class ProxyServer(ThreadingHTTPServer):
 
     def __init__(self, config: Config, upstream: Optional[Upstream] = None) -> None:
         self.config = config
-        self.secrets = Secrets(config)
-        LOG.addFilter(self.secrets)
+        self.key_filter = KeyFilter(config)
+        LOG.addFilter(self.key_filter)
         self.signatures = SignatureCache(config.signature_cache_bytes, config.signature_cache_size,
                                          config.signature_cache_ttl)
         self.tools = ToolCache()
@@ -5353,7 +5380,7 @@ class ProxyServer(ThreadingHTTPServer):
     def server_close(self) -> None:
         super().server_close()
         self._spare.close()
-        LOG.removeFilter(self.secrets)
+        LOG.removeFilter(self.key_filter)
         self.heartbeat.stop()
         self.upstream.pool.close_idle()
 
@@ -5427,7 +5454,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
         except (ConnectionError, socket.timeout):
             return
         else:
-            self.route()
+            self.dispatch()
 
     def read_head(self) -> None:
         """The request's line and headers. Raises ProxyError; the connection then closes."""
@@ -5440,7 +5467,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
         try:
             self.headers = parse_headers(read_head(self.rfile))
         except ValueError as exc:
-            raise ProxyError(413 if "longer" in str(exc) else 400,
+            raise ProxyError(413 if isinstance(exc, HeadTooLong) else 400,
                              "Bad HTTP request: the headers are malformed: %s" % exc) from None
         self.command, path, self.request_version = found.groups()
         self.path = "/" + path.lstrip("/")
@@ -5585,10 +5612,16 @@ class HTTPHandler(socketserver.StreamRequestHandler):
 
 # ---- 16. Endpoints (I/O) --------------------------------------------------------------------
 
+TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
+               ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought"))
+# The client's names of its tiers (2.1.331); Claude Desktop lists no others.
+TIER_NAMES = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
+
+
 class ProxyHandler(HTTPHandler):
     """Answers requests; ROUTES says which method each address takes."""
 
-    def route(self) -> None:
+    def dispatch(self) -> None:
         """Answer one request; whatever goes wrong is told in Anthropic's form."""
         self.logged = self.admitted = False
         self.requested = ""
@@ -5640,7 +5673,7 @@ class ProxyHandler(HTTPHandler):
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%d %s %s: %s; %s",
                     error.status, self.command, subject, error.message, self.request_id)
         if self.admitted and not self.logged:  # strangers could crowd out the others
-            hide = self.server.secrets.hide
+            hide = self.server.key_filter.hide
             shown = "" if self.server.config.client_keys else error.message
             self.server.traffic.add({"status": error.status, "error": hide(shown)[:300],
                                      "requested": hide(subject)})
@@ -5656,7 +5689,7 @@ class ProxyHandler(HTTPHandler):
     def handle_messages(self) -> None:
         server, body = self.server, self.read_body()
         server.connections.mark(self.connection, Connections.IN_PROGRESS)
-        request, read = server.histories.open(body, self.client_key)  # or: tools.parse, no read
+        request, read = server.histories.open(body, self.client_key)  # without: tools.parse, None
         named = request.get("model") if isinstance(request, dict) else None
         self.requested = named[:100] if isinstance(named, str) else ""
         if self.forward_to_anthropic(request, body):
@@ -5670,7 +5703,7 @@ class ProxyHandler(HTTPHandler):
                 server.traffic.count("signatures_total", count, kind=kind)
         if server.config.debug:
             for side, sent in (("client", request), ("upstream", exchange.translation.body)):
-                shown = redacted_body(sent, server.secrets.hide)
+                shown = redacted_body(sent, server.key_filter.hide)
                 LOG.debug("%s %s: %s", self.request_id, side, shown)
         self.answer(exchange, emitter, self.respond_json)
 
@@ -5807,7 +5840,7 @@ class ProxyHandler(HTTPHandler):
             if error.status == 499:
                 raise
             found = unavailable(calls, "timeout" if error.status == 504 else "error")
-        outcomes = Counter(verdict.get("outcome", verdict["type"]) for verdict in found.values())
+        outcomes = Counter(each.get("outcome", each["type"]) for each in found.values())
         LOG.info("%s auto mode: %s", self.request_id,
                  ", ".join("%d %s" % (n, outcome) for outcome, n in sorted(outcomes.items())))
         return found
@@ -5828,8 +5861,8 @@ class ProxyHandler(HTTPHandler):
                 "%(request_id)s",
                 dict(fields, cost=shown, first_ms=fields["first_ms"] or "-", why=why),
                 extra={"fields": dict(fields, error=problem) if problem else fields})
-        shown = "" if server.config.client_keys else problem  # it is another client's business
-        server.traffic.add(dict(fields, error=server.secrets.hide(shown)[:300]))
+        error = "" if server.config.client_keys else problem  # it is another client's business
+        server.traffic.add(dict(fields, error=server.key_filter.hide(error)[:300]))
         self.logged = True
         if usage.get("promptTokenCount"):
             server.tokens.learn(emitter.input_tokens, usage["promptTokenCount"])
@@ -5860,7 +5893,7 @@ class ProxyHandler(HTTPHandler):
         if status == 499 and not emitter.usage:  # nobody said what it has cost until then
             spent.append((exchange.route, {"promptTokenCount": emitter.input_tokens}))
         costs = [cost_of(each, route, self.server.config, today()) for route, each in spent]
-        hide = self.server.secrets.hide
+        hide = self.server.key_filter.hide
         fields = {"request_id": self.request_id,
                   "requested": hide(exchange.request["model"][:100]),
                   "model": hide(exchange.model), "status": status,
@@ -5898,7 +5931,7 @@ class ProxyHandler(HTTPHandler):
             except (OSError, http.client.HTTPException, ProxyError) as exc:
                 raise ConnectionAbortedError("the answer was cut") from exc
         total = round((time.monotonic() - exchange.started) * 1000)
-        requested = server.secrets.hide(requested[:100])
+        requested = server.key_filter.hide(requested[:100])
         LOG.info("%d %s -> %s, passed through, total %d ms; %s", response.status, requested,
                  route.name, total, self.request_id)
         server.traffic.add({"status": response.status, "requested": requested, "total_ms": total})
@@ -5983,7 +6016,7 @@ class ProxyHandler(HTTPHandler):
             return
         self.authorize()
         server, config, now = self.server, self.server.config, time.monotonic()
-        hide = server.secrets.hide
+        hide = server.key_filter.hide
         entries, size = server.signatures.size()
         self.respond_json({
             **server.traffic.last_hour(), "name": "claude_gemini_proxy", "version": __version__,
@@ -5992,7 +6025,7 @@ class ProxyHandler(HTTPHandler):
                 if not row.metadata["secret"]}))),
             "uptime_seconds": round(time.time() - server.started),
             "keys": server.upstream.key_states(),
-            "models": {tier: hide(resolve_model("claude-" + tier, config).name) for tier in TIERS},
+            "models": {tier: hide(route.name) for tier, route in tier_routes(config).items()},
             "signatures": {"entries": entries, "bytes": size},
             "histories": server.histories.figures,
             "live": [{"requested": hide(exchange.request["model"][:100]),
@@ -6015,8 +6048,6 @@ class ProxyHandler(HTTPHandler):
             "answer": "".join(block.get("text", "") for block in message["content"])[:100]}))
 
 
-TOKEN_KINDS = (("promptTokenCount", "input"), ("cachedContentTokenCount", "cached"),
-               ("candidatesTokenCount", "output"), ("thoughtsTokenCount", "thought"))
 ROUTES: Mapping[str, Tuple[str, Callable[[ProxyHandler], None]]] = {
     "/v1/messages": ("POST", ProxyHandler.handle_messages),
     "/v1/messages/count_tokens": ("POST", ProxyHandler.handle_count_tokens),
@@ -6029,7 +6060,6 @@ ROUTES: Mapping[str, Tuple[str, Callable[[ProxyHandler], None]]] = {
     "/api/hello": ("GET", ProxyHandler.handle_quiet),
     "/api/event_logging/batch": ("POST", ProxyHandler.handle_quiet),
 }
-TIERS = ("opus", "sonnet", "haiku")
 
 
 def model_entry(id_: str, model: Json) -> Json:
@@ -6044,14 +6074,10 @@ def model_entry(id_: str, model: Json) -> Json:
             "capabilities": None, "deprecated_at": None, "retires_at": None, "line": None}
 
 
-# The client's names of its tiers (2.1.331); Claude Desktop lists no others.
-TIER_NAMES = ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5")
-
-
 def model_list(models: Mapping[str, Json], answers: Mapping[str, str]) -> List[Json]:
-    """The tiers, then every model twice: by its id, and as claude-<id>, which Claude Code's /model
-    shows. `models` is what the key can use (id -> Gemini's description); if empty, a fixed list.
-    `answers` says which model answers for a tier's name."""
+    """The tiers, then every model by its id, and as claude-<id>, which Claude Code's /model shows;
+    of many models of other upstreams, by its id alone. `models` is what the key can use (id ->
+    Gemini's description); if empty, a fixed list. `answers`: tier's name -> who answers."""
     known = {id_: {"displayName": name, "created": created} for id_, name, created in LISTED_MODELS}
     tiers = [model_entry(id_, {"displayName": answers[id_]}) for id_ in TIER_NAMES]
     shown = {id_: dict(known.get(id_, {}), **model) for id_, model in (models or known).items()}
@@ -6276,7 +6302,7 @@ setInterval(refresh, 3000);
 
 class DemoModel(Upstream):
     """An offline model in Gemini's place: answers in text, and runs a command that one asks for. It
-    signs its calls, and refuses a history in which a signature has not come back on its call."""
+    signs its calls, and refuses a history in which a call has another one's signature."""
 
     def __init__(self) -> None:
         super().__init__("gemini", Config(), None)
@@ -6435,7 +6461,7 @@ def client_environment(url: str, token: str, environ: Mapping[str, str], name: s
         wanted.update(CLAUDE_CODE_MAX_CONTEXT_TOKENS=window, CLAUDE_CODE_AUTO_COMPACT_WINDOW=window)
     if entry["max_tokens"]:
         wanted["CLAUDE_CODE_MAX_OUTPUT_TOKENS"] = str(entry["max_tokens"])
-    wanted = {name: environ.get(name) or value for name, value in wanted.items()}
+    wanted = {key: environ.get(key) or value for key, value in wanted.items()}
     no_proxy = environ.get("NO_PROXY") or environ.get("no_proxy") or ""
     hosts = dict.fromkeys([*parse_names(no_proxy), "127.0.0.1", "localhost",
                            urllib.parse.urlsplit(url).hostname or ""])
@@ -6505,7 +6531,7 @@ def serve(server: ProxyServer) -> int:
     announce(server)
     while not stop.wait(1):  # on Windows a signal does not end a wait
         pass
-    last = threading.Timer(GRACE_SECONDS + 5, os._exit, (1,))  # who reads the log may have stopped
+    last = threading.Timer(GRACE_SECONDS + 5, os._exit, (1,))  # a log that nobody reads blocks
     last.daemon = True
     last.start()
     LOG.info("finishing %d requests (a second signal ends at once)", server.connections.in_progress)
@@ -6539,11 +6565,13 @@ def hint_at_settings(config: Config) -> None:
     if len(config.gemini_api_key) == 1 and not config.fallback_models:
         LOG.info("hint: a second key (GEMINI_API_KEY=k1,k2) or FALLBACK_MODELS keeps sessions "
                  "going when a quota is used up")
-    routes = [resolve_model("claude-" + tier, config) for tier in TIERS]
-    unpriced = sorted({route.name for route in routes if route.upstream == "gemini"
-                       and not price_of(route, config, today())})
+    unpriced = sorted({route.name for route in tier_routes(config).values()
+                       if route.upstream == "gemini" and not price_of(route, config, today())})
     if unpriced:
         LOG.info("hint: no price is known for %s, so no cost is shown: PRICES", ", ".join(unpriced))
+
+
+INSTALL = "npm install -g @anthropic-ai/claude-code"
 
 
 def is_claude_code(command: Sequence[str]) -> bool:
@@ -6598,7 +6626,6 @@ def is_unsafe_for_cmd(program: str, arguments: Sequence[str]) -> bool:
         re.search('["%&|<>^!\\r\\n]', argument) for argument in arguments)
 
 
-INSTALL = "npm install -g @anthropic-ai/claude-code"
 # https://code.claude.com/docs/en/settings (read 2026-11-24)
 MANAGED_SETTINGS = ("/etc/claude-code/managed-settings.json",
                     "/Library/Application Support/ClaudeCode/managed-settings.json",
@@ -6629,8 +6656,8 @@ def run_line(server: ProxyServer, is_claude: bool) -> str:
 def tier_answers(config: Config) -> Dict[str, List[str]]:
     """-> {model: [tiers that it answers]}"""
     answers: Dict[str, List[str]] = {}
-    for tier in TIERS:
-        answers.setdefault(resolve_model("claude-" + tier, config).name, []).append(tier)
+    for tier, route in tier_routes(config).items():
+        answers.setdefault(route.name, []).append(tier)
     return answers
 
 
@@ -6680,10 +6707,10 @@ def prove_upstreams(server: ProxyServer) -> Iterator[Tuple[str, str]]:
 
 
 def prove_keys(member: Upstream) -> Tuple[str, str]:
-    """-> (what is wrong with an upstream's address and all of its keys, or "" if one is right, or
-    if it is slow, busy or a gateway without a list of models; how far that list proves it)"""
+    """-> (what is wrong with an upstream's address or all of its keys, "")
+    or ("", how far its list of models proves it)"""
     problem = ""
-    for _ in member.key_list:
+    for _ in member.key_list:  # each try takes the next one
         try:
             listed = member.list_models() or not member.base
             return "", "is reached and takes the key" if listed else NO_LIST
@@ -6709,7 +6736,7 @@ def through_proxy(base: str) -> str:
 
 def needed_routes(config: Config) -> Dict[str, List[Route]]:
     """-> {upstream: the routes to it that settings name}"""
-    routes = [resolve_model("claude-" + tier, config) for tier in TIERS]
+    routes = list(tier_routes(config).values())
     names = filter(None, (*config.fallback_models, config.safeguards_model))
     found: Dict[str, List[Route]] = {}
     for route in dict.fromkeys(routes + [route_to(name, config) for name in names]):

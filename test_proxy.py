@@ -4993,7 +4993,7 @@ class Endpoints(ProxyCase):
         self.assertNotIn("kkkk", "".join(lines))
         self.assertIn("[key]", lines[0])
         body = {"a": "x" * 2480 + "k" * 20 + "y" * 4000}
-        hidden = proxy.redacted_body(body, r.server.secrets.hide)
+        hidden = proxy.redacted_body(body, r.server.key_filter.hide)
         self.assertNotIn("kkkk", hidden)
 
     def test_a_model_is_described_with_all_fields_that_the_SDKs_require(self):
@@ -7066,7 +7066,7 @@ class Settings(unittest.TestCase):
     def test_a_token_is_one_even_with_commas(self):
         config = self.load({"GEMINI_API_KEY": "k", "PROXY_AUTH_TOKEN": "first-half,,second"})
         self.assertEqual(config.proxy_auth_token, "first-half,,second")
-        hidden = proxy.Secrets(config).hide("x first-half,,second first-half")
+        hidden = proxy.KeyFilter(config).hide("x first-half,,second first-half")
         self.assertEqual(hidden, "x [key] [key]")
 
     def test_a_bad_value_is_shown_if_it_is_short_and_no_secret(self):
