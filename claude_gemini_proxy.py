@@ -2178,7 +2178,8 @@ def _joined(base: Json, extra: Json) -> Json:
 def _types(schema: Json) -> List[str]:
     """The types that a node allows; inferred where it names none, empty if nothing shows them."""
     named = _list(schema, "type") or [schema.get("type")]
-    types = [kind.lower() for kind in named if isinstance(kind, str) and kind.lower() in _TYPES]
+    types = list(dict.fromkeys(kind.lower() for kind in named
+                               if isinstance(kind, str) and kind.lower() in _TYPES))
     if not types:
         implied = (["object"] if isinstance(schema.get("properties"), dict)
                    else ["array"] if "items" in schema else [])
@@ -3173,7 +3174,7 @@ def allowed_types(schema: Any) -> List[str]:
     if not branches:
         return _types(schema)
     found = [allowed_types(branch) for branch in branches]
-    return [kind for kinds in found for kind in kinds] if all(found) else []
+    return list(dict.fromkeys(itertools.chain(*found))) if all(found) else []
 
 
 def repair_value(value: Any, schema: Json, types: Sequence[str], known: Dict[Any, Any]) -> Any:
@@ -4137,7 +4138,7 @@ def read_head(file: Any) -> List[bytes]:
     raise HeadTooLong("it is longer than %d bytes or %d lines" % (HEAD_LIMIT, HEAD_LINES))
 
 
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\n]*)?\r?\n")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[^\r\n]*)?\r\n")
 CHUNK_LINE_LIMIT = 1 << 12  # bytes of the line before a chunk, and of the trailers together
 
 
@@ -5270,6 +5271,10 @@ class KeyFilter(logging.Filter):
             text = text.replace(key, "[key]")
         return KEY_FORMS.sub("[key]", text)
 
+    def shown(self, name: str) -> str:
+        """A name or path that a client has sent: first without keys, then cut."""
+        return self.hide(name[:1000])[:100]
+
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = self.hide(record.getMessage())[:LOG_LINE_LIMIT], None
         record.hide = self.hide  # for a traceback, which a formatter makes
@@ -5416,6 +5421,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
     disable_nagle_algorithm = True
     timeout = 60                  # seconds a client may take for what is written at once
     idle_seconds = 120.0          # between two requests
+    refusal_seconds = 2.0         # for the head of one that MAX_CONNECTIONS refuses
     head_seconds = 20.0           # for a request's line and headers
     body_seconds = 30.0           # for its body, and a second more for each 100 kB
     drain_seconds = 2.0           # for the rest of a request that was refused
@@ -5437,8 +5443,9 @@ class HTTPHandler(socketserver.StreamRequestHandler):
     def handle_one_request(self) -> None:
         self.request_id, self.command, self.body_read = new_id("req_"), "", False
         self.close_connection = True
+        is_over_limit = self.server.connections.is_over_limit(self.connection)
         try:
-            self.reader.allow(self.idle_seconds)
+            self.reader.allow(self.refusal_seconds if is_over_limit else self.idle_seconds)
             for _ in range(4):  # RFC 9112, 2.2: some send a line too many
                 first = self.rfile.peek(1)[:1]
                 if first not in (b"\r", b"\n"):
@@ -5446,7 +5453,8 @@ class HTTPHandler(socketserver.StreamRequestHandler):
                 self.rfile.read(1)
             if not first:
                 return
-            self.reader.allow(self.head_seconds)
+            if not is_over_limit:
+                self.reader.allow(self.head_seconds)
             self.read_head()
         except ProxyError as error:
             with contextlib.suppress(OSError):
@@ -5668,15 +5676,15 @@ class ProxyHandler(HTTPHandler):
 
     def respond_error(self, error: ProxyError) -> None:
         self.server.traffic.count("errors_total", status=str(error.status))
-        subject = (self.requested or self.path.partition("?")[0])[:100]
+        key_filter = self.server.key_filter
+        subject = key_filter.shown(self.requested or self.path.partition("?")[0])
         if not self.logged:
             LOG.log(logging.INFO if error.status == 499 else logging.WARNING, "%d %s %s: %s; %s",
                     error.status, self.command, subject, error.message, self.request_id)
         if self.admitted and not self.logged:  # strangers could crowd out the others
-            hide = self.server.key_filter.hide
-            shown = "" if self.server.config.client_keys else error.message
-            self.server.traffic.add({"status": error.status, "error": hide(shown)[:300],
-                                     "requested": hide(subject)})
+            message = "" if self.server.config.client_keys else key_filter.hide(error.message)
+            self.server.traffic.add({"status": error.status, "error": message[:300],
+                                     "requested": subject})
         try:
             if self.stream and self.stream.committed:
                 self.close_connection = True
@@ -5691,7 +5699,7 @@ class ProxyHandler(HTTPHandler):
         server.connections.mark(self.connection, Connections.IN_PROGRESS)
         request, read = server.histories.open(body, self.client_key)  # without: tools.parse, None
         named = request.get("model") if isinstance(request, dict) else None
-        self.requested = named[:100] if isinstance(named, str) else ""
+        self.requested = named if isinstance(named, str) else ""
         if self.forward_to_anthropic(request, body):
             return
         check_request(request)
@@ -5895,7 +5903,7 @@ class ProxyHandler(HTTPHandler):
         costs = [cost_of(each, route, self.server.config, today()) for route, each in spent]
         hide = self.server.key_filter.hide
         fields = {"request_id": self.request_id,
-                  "requested": hide(exchange.request["model"][:100]),
+                  "requested": self.server.key_filter.shown(exchange.request["model"]),
                   "model": hide(exchange.model), "status": status,
                   "finish": hide(emitter.finish_reason) or "-",
                   # the stream may have begun for another exchange
@@ -5917,10 +5925,10 @@ class ProxyHandler(HTTPHandler):
         route = resolve_model(requested, config)
         if route.upstream != "anthropic":
             return False
-        if config.budget_usd and "count_tokens" not in self.path:
+        if config.budget_usd and not self.normal_path().endswith("/count_tokens"):
             raise ProxyError(402, "BUDGET_USD cannot be kept for %s: it passes through uncounted."
                              % route.name, should_retry=False)
-        exchange = Exchange(request, [route])
+        exchange = Exchange(request, [route], client_key=self.client_key())
         if route.model != requested or b"gemini-" in body:
             body = dump_json(dict(without_own_thoughts(request), model=route.model))
         with server.heartbeat.watching(exchange, self.connection), contextlib.closing(
@@ -5931,7 +5939,7 @@ class ProxyHandler(HTTPHandler):
             except (OSError, http.client.HTTPException, ProxyError) as exc:
                 raise ConnectionAbortedError("the answer was cut") from exc
         total = round((time.monotonic() - exchange.started) * 1000)
-        requested = server.key_filter.hide(requested[:100])
+        requested = server.key_filter.shown(requested)
         LOG.info("%d %s -> %s, passed through, total %d ms; %s", response.status, requested,
                  route.name, total, self.request_id)
         server.traffic.add({"status": response.status, "requested": requested, "total_ms": total})
@@ -6028,7 +6036,7 @@ class ProxyHandler(HTTPHandler):
             "models": {tier: hide(route.name) for tier, route in tier_routes(config).items()},
             "signatures": {"entries": entries, "bytes": size},
             "histories": server.histories.figures,
-            "live": [{"requested": hide(exchange.request["model"][:100]),
+            "live": [{"requested": server.key_filter.shown(exchange.request["model"]),
                       "model": hide(exchange.model), "retries": exchange.retries,
                       "seconds": round(now - exchange.started, 1)}
                      for exchange in server.heartbeat.exchanges()],
@@ -6066,11 +6074,12 @@ def model_entry(id_: str, model: Json) -> Json:
     """A model as /v1/models describes it, with the fields that the SDKs require.
     Source: https://docs.claude.com/en/api/models (read 2026-11-20), anthropic SDK 2.11.0."""
     known = None if "/" in id_ else True  # Gemini's models have these limits or more
+    limits = sane_counts(model)
     return {"type": "model", "id": id_, "display_name": str(model.get("displayName") or id_),
             "created_at": "%sT00:00:00Z" % model.get("created", "2026-01-01"),
             "lifecycle": "active",
-            "max_input_tokens": model.get("inputTokenLimit") or known and INPUT_LIMIT,
-            "max_tokens": model.get("outputTokenLimit") or known and OUTPUT_LIMIT,
+            "max_input_tokens": limits["inputTokenLimit"] or known and INPUT_LIMIT,
+            "max_tokens": limits["outputTokenLimit"] or known and OUTPUT_LIMIT,
             "capabilities": None, "deprecated_at": None, "retires_at": None, "line": None}
 
 

@@ -2512,7 +2512,8 @@ class Wire(unittest.TestCase):
 
     def test_what_is_not_chunked_is_an_error(self):
         for broken in (b"zz\r\n", b"1\r\nab\r\n", b"1;" + b"x" * 5000, b"0\r\n" + b"x: y\r\n" * 999,
-                       b"-1\r\n", b"\r\n1\r\na\r\n"):
+                       b"-1\r\n", b"\r\n1\r\na\r\n", b"1\na\r\n", b"0\n\r\n",
+                       b"1;\r\ra\r\n"):
             with self.subTest(broken[:20]), self.assertRaises(http.client.HTTPException):
                 self.unchunked([broken])
 
@@ -5005,7 +5006,9 @@ class Endpoints(ProxyCase):
 
     def test_a_model_of_another_upstream_has_the_limits_that_it_tells(self):
         for model_, limits in (({}, (None, None)), (
-                {"displayName": "X", "inputTokenLimit": 5, "outputTokenLimit": 3}, (5, 3))):
+                {"displayName": "X", "inputTokenLimit": 5, "outputTokenLimit": 3}, (5, 3)),
+                ({"displayName": "X", "inputTokenLimit": "5\0", "outputTokenLimit": {}},
+                 (None, None))):
             self.assertEqual(proxy.model_entry("openrouter/x/y", model_), dict(
                 MODEL_ENTRY, id="openrouter/x/y", created_at="2026-01-01T00:00:00Z",
                 display_name=model_.get("displayName", "openrouter/x/y"),
@@ -5831,6 +5834,37 @@ class Floods(ProxyCase):
         for n in range(6):
             r.ask(request(), x_api_key="AIzaKey%d" % n)
         self.assertEqual(len(r.server.upstream.pool._idle), 3)
+
+    def test_silent_connections_do_not_keep_the_room_for_refusals(self):
+        self.replace(proxy.Connections, "MOST_OVER_LIMIT", 2)
+        self.replace(proxy.HTTPHandler, "refusal_seconds", 0.2)
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        r = self.run_proxy(lambda *args: [gate], max_connections=1)
+        with contextlib.ExitStack() as stack:
+            def connect(sent=b""):
+                sock = socket.create_connection(("127.0.0.1", r.port), timeout=10)
+                stack.enter_context(sock).sendall(sent)
+                return sock
+            connect(post_bytes(request(stream=True)))
+            self.assertTrue(wait_for(lambda: r.fake.requests))
+            for silent in [connect(), connect(b"GET")]:
+                self.assertIn(silent.recv(12), (b"", b"HTTP/1.1 400"))
+            self.assertTrue(wait_for(lambda: len(r.server.connections) == 1))
+            self.assertEqual(connect(post_bytes(request())).recv(12), b"HTTP/1.1 529")
+
+    def test_a_token_in_a_name_is_hidden_before_the_name_is_cut(self):
+        token = "SecretTokenOfTheFrontDoor"
+        r = self.run_proxy(proxy_auth_token=token)
+        with captured_log() as lines:
+            for place in range(60, 100, 8):
+                name = "m" * place + token
+                r.send("POST", "/v1/messages", request(model=name), x_api_key=token)
+                r.send("POST", "/v1/x" + name, request(), x_api_key=token)
+            shown = r.send("GET", "/", x_api_key=token)[2].decode()
+        for text_ in lines + [shown]:
+            self.assertNotIn(token[:6], text_)
+        self.assertGreater(len(lines), 9)
 
     def test_many_unknown_tools_are_one_note(self):
         tools = [{"name": "t%d" % n, "type": "x_2026"} for n in range(1000)]
@@ -6797,9 +6831,21 @@ class OtherUpstreams(ProxyCase):
         r = self.run_proxy(gemini_api_key="", anthropic_api_key="k", budget_usd=5.0)
         body = {"model": "claude-x"}
         self.assertEqual(r.send("POST", "/v1/messages/count_tokens", body)[0], 200)
-        status, headers, data = r.send("POST", "/v1/messages", body)
-        self.assertEqual((status, headers["x-should-retry"]), (402, "false"))
-        self.assertIn(b"BUDGET_USD cannot be kept for anthropic/claude-x", data)
+        for path in ("/v1/messages", "/v1/messages?count_tokens", "/messages?x=/count_tokens"):
+            status, headers, data = r.send("POST", path, body)
+            self.assertEqual((status, headers["x-should-retry"]), (402, "false"))
+            self.assertIn(b"BUDGET_USD cannot be kept for anthropic/claude-x", data)
+        self.assertEqual(len(fake.requests), 1)
+
+    def test_a_client_without_a_key_gets_nothing_from_anthropic_either(self):
+        fake = self.fake_openai(lambda body: (200, b"{}"))
+        self.replace(proxy, "ANTHROPIC_BASE", fake.url[:-len("/v1")])
+        r = self.run_proxy(gemini_api_key="", client_keys=True, anthropic_api_key="k")
+        body = {"model": "anthropic/claude-x"}
+        self.assertEqual(r.send("POST", "/v1/messages", body)[0], 401)
+        for key in ("one", "other"):
+            self.assertEqual(r.send("POST", "/v1/messages", body, x_api_key=key)[0], 200)
+        self.assertEqual(len(r.server.upstream.pool._idle), 2)
 
     def test_chunks_of_an_answer_that_passes_through_are_made_anew(self):
         def chunked(sock, head):
@@ -9059,6 +9105,15 @@ class Growth(ProxyCase):
             404, "model " * int(body["contents"][0]["parts"][0]["text"]))).encode()))
         self.linear_on_the_wire(lambda n: self.assertEqual(
             r.ask(request(str(n), stream=True))[0], 404))
+
+    def test_a_list_of_many_types_is_not_read_for_each_item(self):
+        def make(n):
+            kind = {"type": ["string"] * n}
+            for _ in range(20):
+                kind = {"anyOf": [kind]}
+            schema = {"properties": {"a": {"type": "array", "items": kind}}}
+            return {"a": list(range(n))}, schema
+        self.linear(make, lambda pair: proxy.repair_arguments(*pair), 600)
 
     def test_a_request_line_of_slashes_costs_linear_time(self):
         r = self.run_proxy()
