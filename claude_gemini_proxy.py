@@ -5455,7 +5455,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
                 return
             if not is_over_limit:
                 self.reader.allow(self.head_seconds)
-            self.read_head()
+            self.receive_head()
         except ProxyError as error:
             with contextlib.suppress(OSError):
                 self.respond(error.status, dump_json(error.body(self.request_id)))
@@ -5464,7 +5464,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
         else:
             self.dispatch()
 
-    def read_head(self) -> None:
+    def receive_head(self) -> None:
         """The request's line and headers. Raises ProxyError; the connection then closes."""
         line = self.rfile.readline(HEAD_LIMIT)
         found = _REQUEST_LINE.fullmatch(str(line, "latin-1").rstrip("\r\n"))
