@@ -4521,9 +4521,12 @@ def connection_error(exc: Exception, exchange: Exchange, name: str) -> ProxyErro
     if isinstance(reason, ssl.SSLCertVerificationError):
         return ProxyError(500, "The upstream's certificate is not trusted: %s. Set SSL_CERT_FILE "
                           "to your CA bundle." % reason.verify_message, should_retry=False)
-    if isinstance(reason, socket.gaierror):
+    # a host name that cannot be written in ASCII, for one, is a UnicodeError
+    is_odd_name = isinstance(reason, UnicodeError) and not isinstance(reason, UnicodeDecodeError)
+    if isinstance(reason, socket.gaierror) or is_odd_name:
+        why = getattr(reason, "strerror", reason)
         return ProxyError(500, "The upstream's host name cannot be found (its API_BASE, or "
-                          "HTTPS_PROXY): %s" % reason.strerror, should_retry=False)
+                          "HTTPS_PROXY): %s" % why, should_retry=False)
     if isinstance(reason, (ValueError, RecursionError)):
         return ProxyError(500, "%s's answer is not valid JSON: %s" % (name, str(reason)[:200]),
                           transient=True)
@@ -5508,7 +5511,7 @@ class HTTPHandler(socketserver.StreamRequestHandler):
     def authorize(self) -> None:
         """Compare the front token in constant time; either header will do, clients send both."""
         token = self.server.config.proxy_auth_token.encode()
-        matches = [hmac.compare_digest(given.encode("latin-1", "replace"), token)
+        matches = [hmac.compare_digest(given.encode("latin-1"), token)
                    for given in self.given_tokens()]
         if token and not any(matches):
             raise ProxyError(401, "This proxy requires its PROXY_AUTH_TOKEN, as x-api-key or as "

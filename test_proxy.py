@@ -4227,6 +4227,8 @@ class Retries(ProxyCase):
                 (urllib.error.URLError(socket.timeout()), 504, "G was silent for too long"),
                 (certificate, 500, "The upstream's certificate is not trusted: self signed. Set"),
                 (socket.gaierror(-2, "unknown"), 500, "The upstream's host name cannot be found"),
+                (UnicodeError("x"), 500, "The upstream's host name cannot be found"),
+                (UnicodeDecodeError("utf-8", b"x", 0, 1, "x"), 500, "G's answer is not valid JSON"),
                 (ValueError("x"), 500, "G's answer is not valid JSON: x"),
                 (RecursionError("x"), 500, "G's answer is not valid JSON: x"),
                 (OSError(errno.EMFILE, "x"), 529, "The proxy has no file descriptor left"),
