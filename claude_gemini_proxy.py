@@ -428,9 +428,10 @@ def gemini_keys_only(value: str) -> str:
 
 
 def unless_claude(value: str) -> str:
-    """Claude's own names in these variables are the client's business, but for openrouter/..."""
-    names_upstream = value.partition("/")[0] in NEEDED_KEYS
-    return value if names_upstream or not _CLAUDE_NAME.search(value) else ""
+    """Claude's own names in these variables are the client's business, also with a vendor before
+    them, as in OpenRouter's own instructions; but openrouter/... is a name of ours."""
+    is_ours = value.startswith(("openrouter/", "openai/"))
+    return value if is_ours or not _CLAUDE_NAME.search(value) else ""
 
 
 def setting(default: Any, help: str, parse: Callable[[str], Any] = str.strip, env: str = "",
@@ -1906,8 +1907,6 @@ def asked_effort(request: Json, t: Translation) -> str:
     return effort if isinstance(effort, str) and effort in EFFORTS else ""
 
 
-
-
 def sampling(request: Json, fields: Mapping[str, str]) -> Json:
     return {theirs: request[ours] for ours, theirs in fields.items()
             if request.get(ours) not in (None, [])}
@@ -2455,6 +2454,7 @@ def kept_fields(signature: str, dialect: str) -> Json:
 
 
 def openai_choice(t: Translation) -> Json:
+    """tool_choice -> fields of the body"""
     kind, name = t.chosen()
     fields: Json = {"parallel_tool_calls": False} if t.single_call else {}
     if kind == "tool":

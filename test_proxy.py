@@ -7034,6 +7034,9 @@ class Settings(unittest.TestCase):
                            ({}, {"opus_model": name})):
             config = self.load(dict(env, OPENROUTER_API_KEY="k"), flags)
             self.assertEqual(proxy.resolve_model("claude-opus-5", config).name, name)
+        for theirs in ("claude-opus-5", "anthropic/claude-opus-5"):  # the client's, for others
+            config = self.load({"ANTHROPIC_DEFAULT_OPUS_MODEL": theirs, "GEMINI_API_KEY": "k"})
+            self.assertEqual(config.opus_model, "")
 
     def test_a_vendored_config_takes_white_space_for_nothing(self):
         config = proxy.Config(gemini_api_key=" ", gemini_api_base=" ", openai_api_key="")
